@@ -15,8 +15,8 @@
     |-- DrainingError                   DRAINING
     |-- EngineDownError                 ENGINE_DOWN
     `-- ReasonsError                                           lists everything wrong at once
-        |-- ConfigError             CONFIG_INVALID
-        `-- ModelLoadError          MODEL_INVALID
+        |-- ConfigError                 CONFIG_INVALID
+        `-- ModelLoadError              MODEL_INVALID
 
 `reason` is the machine-readable name a client sees in `google.rpc.ErrorInfo`; the code it travels under is chosen in
 `lorasrv.rpc.status` alone. Errors about adapters are `lorasrv_adapters.errors`. This module knows no wire format.
