@@ -1,0 +1,44 @@
+"""Causal attention over a paged KV cache: decode and chunked prefill in one call."""
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels.attention import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
+
+__all__ = ["BLOCK_TOKENS", "AttentionBatch", "Span", "paged_attention", "store_kv_", "tile_tokens"]
+
+
+def store_kv_(cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
+    """In place: writes the keys and values of this step's tokens into one layer's cache.
+
+    Args:
+        cache: [P, 2, Hkv, 32, D], any strides; keys at index 0 and values at 1; changed in place.
+        k, v: [T, Hkv, D], same dtype as the cache.
+        batch: where each token goes.
+
+    Raises:
+        ValueError: shapes or dtypes break this contract.
+    """
+    torch.ops.lorasrv.store_kv_(cache, k, v, batch.slot_mapping)
+
+
+def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: float) -> Tensor:
+    """softmax(scale * q K^T) V per token over its own and all earlier positions of its sequence.
+
+    Args:
+        q: [T, H, D], same dtype as the cache; H a multiple of Hkv, heads that share a KV head side by side.
+        cache: [P, 2, Hkv, 32, D], any strides, with this step's keys and values already stored.
+        batch: the sequences; its tiles hold at most `batch.tile_tokens` tokens.
+        scale: usually D ** -0.5.
+
+    Returns:
+        [T, H, D] in q's dtype; every row independent of the other sequences and of chunking, bit for bit.
+
+    Raises:
+        ValueError: shapes or dtypes break this contract.
+    """
+    result: Tensor = torch.ops.lorasrv.paged_attention(
+        q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale
+    )
+    return result

@@ -1,0 +1,70 @@
+"""Contract of paged attention: schemas, checks and the default implementation."""
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels.attention import reference
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS
+
+_library = torch.library.Library("lorasrv", "FRAGMENT")
+_library.define("store_kv_(Tensor(a!) cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()")
+_library.define(
+    "paged_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor tiles, int tile_tokens, float scale) -> Tensor"
+)
+
+
+def _check_cache(cache: Tensor, heads: int, head_size: int, dtype: torch.dtype) -> list[str]:
+    if cache.ndim != 5 or cache.shape[1] != 2 or cache.shape[3] != BLOCK_TOKENS:
+        return [f"cache must be [P, 2, Hkv, {BLOCK_TOKENS}, D], got {list(cache.shape)}"]
+    wrong = []
+    if cache.shape[4] != head_size or heads % cache.shape[2]:
+        wrong.append(f"{heads} heads of size {head_size} do not fit a cache {list(cache.shape)}")
+    if cache.dtype != dtype:
+        wrong.append(f"cache must be {dtype}, got {cache.dtype}")
+    return wrong
+
+
+def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """Raises ValueError naming every argument that breaks the contract of `store_kv_`."""
+    wrong = []
+    if k.shape != v.shape or k.ndim != 3 or k.dtype != v.dtype:
+        wrong.append(f"k and v must be one shape [T, Hkv, D], got {list(k.shape)} and {list(v.shape)}")
+    else:
+        wrong = _check_cache(cache, k.shape[1], k.shape[2], k.dtype)
+    if slot_mapping.shape != k.shape[:1] or slot_mapping.dtype != torch.int64:
+        wrong.append(f"slot_mapping must be int64 [T], got {slot_mapping.dtype} {list(slot_mapping.shape)}")
+    if wrong:
+        raise ValueError("store_kv_: " + "; ".join(wrong))
+
+
+def check_attention(
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float
+) -> Tensor:
+    """Raises ValueError naming every argument that breaks the contract of `paged_attention`; returns an empty result."""
+    del scale
+    if q.ndim != 3:
+        raise ValueError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")
+    wrong = _check_cache(cache, q.shape[1], q.shape[2], q.dtype)
+    if tiles.ndim != 2 or tiles.shape[1] != 4 or tile_tokens < 1:
+        wrong.append(f"tiles must be [K, 4] with tile_tokens >= 1, got {list(tiles.shape)} and {tile_tokens}")
+    if block_tables.ndim != 2:
+        wrong.append(f"block_tables must be [N, P], got {list(block_tables.shape)}")
+    if wrong:
+        raise ValueError("paged_attention: " + "; ".join(wrong))
+    return torch.empty_like(q)
+
+
+def _store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    check_store(cache, k, v, slot_mapping)
+    reference.store_kv_(cache, k, v, slot_mapping)
+
+
+def _attention(q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float) -> Tensor:
+    check_attention(q, cache, block_tables, tiles, tile_tokens, scale)
+    return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale)
+
+
+_library.impl("store_kv_", _store, "CompositeExplicitAutograd")
+_library.impl("store_kv_", check_store, "Meta")
+_library.impl("paged_attention", _attention, "CompositeExplicitAutograd")
+_library.impl("paged_attention", check_attention, "Meta")
