@@ -40,7 +40,7 @@ def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> No
 def check_attention(
     q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float
 ) -> Tensor:
-    """Raises ValueError naming every argument that breaks the contract of `paged_attention`; returns an empty result."""
+    """Raises ValueError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
     del scale
     if q.ndim != 3:
         raise ValueError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")

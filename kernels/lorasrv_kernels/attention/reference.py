@@ -1,7 +1,7 @@
 """The specification of causal attention over a paged cache, in float32.
 
 Each query walks the KV blocks of its sequence from position 0 in steps of `BLOCK_TOKENS` with the online softmax
-(Milakov and Gimelshein 2018, algorithm 3). A block that lies after a query changes nothing in it, bit for bit, so decode,
+(Milakov and Gimelshein 2018, algorithm 3). A block after a query changes nothing in it, bit for bit, so that decode,
 prefill and every way of chunking give the same row. Tiles have a fixed number of rows for the same reason.
 """
 

@@ -1,0 +1,166 @@
+"""Batched LoRA: against a dense formula, over ragged ranks and popularities, and independent of neighbours."""
+
+import pytest
+import torch
+from lorasrv_kernels.batch import NO_SLOT, TILE_ROWS, SlotBatch
+from lorasrv_kernels.lora import ABSENT, lora_apply_, scale_at
+
+RANKS = [[8, 3], [0, 1], [64, 0], [16, 16], [128, 5]]  # slot -> rank per slice
+WITH_D = [[True, False], [False, True], [False, False], [False, True], [True, True]]
+
+
+class Arena:
+    """Rank rows of all slots at aligned offsets with NaN between them, and the table that finds them."""
+
+    def __init__(self, in_features: int, out_features: list[int], dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.data = torch.full((1_000_000,), torch.nan, dtype=dtype)
+        self.table = torch.zeros(len(RANKS), len(out_features), 4, dtype=torch.int64)
+        self._next = 0
+        for slot, ranks in enumerate(RANKS):
+            for piece, (rank, width) in enumerate(zip(ranks, out_features, strict=True)):
+                a = torch.randn(rank, in_features, generator=generator) * in_features**-0.5
+                b_t = torch.randn(rank, width, generator=generator)
+                d = torch.rand(width, generator=generator) + 0.5
+                offset = ABSENT
+                if WITH_D[slot][piece]:
+                    offset = self._place(width * 4 // dtype.itemsize)
+                    scale_at(self.data, offset, width).copy_(d)
+                entry = (self._put(a.to(dtype)), self._put(b_t.to(dtype)), offset, rank)
+                self.table[slot, piece] = torch.tensor(entry)
+
+    def _place(self, num_elements: int) -> int:
+        offset = self._next
+        self._next += -(-num_elements // 32) * 32 + 32
+        return offset
+
+    def _put(self, values: torch.Tensor) -> int:
+        offset = self._place(values.numel())
+        self.data[offset : offset + values.numel()] = values.flatten()
+        return offset
+
+    def dense(self, slot: int, piece: int, in_features: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The update B A [O, I] and d [O] of one slot and slice, in float64."""
+        a_offset, b_offset, d_offset, rank = self.table[slot, piece].tolist()
+        a = self.data[a_offset : a_offset + rank * in_features].view(rank, in_features).double()
+        b_t = self.data[b_offset : b_offset + rank * width].view(rank, width).double()
+        d = torch.ones(width, dtype=torch.float64)
+        return b_t.T @ a, d if d_offset == ABSENT else scale_at(self.data, d_offset, width).double()
+
+
+def popularity(kind: str, tokens: int) -> list[int]:
+    generator = torch.Generator().manual_seed(2)
+    slots = torch.arange(len(RANKS))
+    choices = {
+        "distinct": slots.repeat(tokens // len(RANKS) + 1)[:tokens],
+        "uniform": torch.randint(NO_SLOT, len(RANKS), (tokens,), generator=generator),
+        "zipf": torch.multinomial(1 / (slots + 1.0), tokens, replacement=True, generator=generator),
+        "identical": torch.full((tokens,), 3),
+        "skewed": torch.where(torch.rand(tokens, generator=generator) < 0.9, 0, 4),
+        "base only": torch.full((tokens,), NO_SLOT),
+    }
+    return choices[kind].tolist()
+
+
+def apply(arena: Arena, y: torch.Tensor, x: torch.Tensor, slots: list[int], out_features: list[int]) -> torch.Tensor:
+    result = y.clone()
+    batch = SlotBatch.from_slots(slots)
+    lora_apply_(result, x, arena.data, arena.table, out_features=out_features, slots=batch)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical", "skewed", "base only"])
+@pytest.mark.parametrize("tokens", [1, 16, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_equals_the_dense_formula(kind: str, tokens: int, dtype: torch.dtype) -> None:
+    out_features = [96, 63]
+    arena = Arena(100, out_features, dtype)
+    x, y = torch.randn(tokens, 100).to(dtype), torch.randn(tokens, sum(out_features)).to(dtype)
+    slots = popularity(kind, tokens)
+    expected = y.double()
+    for row, slot in enumerate(slots):
+        if slot == NO_SLOT:
+            continue
+        start = 0
+        for piece, width in enumerate(out_features):
+            update, d = arena.dense(slot, piece, 100, width)
+            columns = slice(start, start + width)
+            expected[row, columns] = d * expected[row, columns] + update @ x[row].double()
+            start += width
+    # one rounding to the dtype at the end; sums in fp32 over at most 128 ranks
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    torch.testing.assert_close(
+        apply(arena, y, x, slots, out_features).double(), expected, rtol=tolerance, atol=tolerance * 10
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_neighbours_change_no_bit(dtype: torch.dtype) -> None:
+    out_features = [96, 64]
+    arena = Arena(128, out_features, dtype)
+    x, y = torch.randn(100, 128).to(dtype), torch.randn(100, 160).to(dtype)
+    slots = popularity("uniform", 100)
+    mixed = apply(arena, y, x, slots, out_features)
+    for row in range(100):
+        one = slice(row, row + 1)
+        assert torch.equal(apply(arena, y[one], x[one], slots[one], out_features), mixed[one])
+
+
+def test_base_rows_keep_their_bits() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    x, y = torch.randn(5, 64), torch.randn(5, 96)
+    result = apply(arena, y, x, [0, NO_SLOT, 2, NO_SLOT, 1], [64, 32])
+    assert torch.equal(result[[1, 3]], y[[1, 3]])
+    assert not torch.equal(result[0], y[0])
+
+
+def test_a_row_may_compose_weighted_slots() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    arena.table[:, :, 2] = ABSENT
+    x, y = torch.randn(2, 64), torch.zeros(2, 96)
+    batch = SlotBatch.from_entries([[(0, 0.7), (3, -0.3)], []])
+    lora_apply_(y, x, arena.data, arena.table, out_features=[64, 32], slots=batch)
+    first, second = (arena.dense(slot, 0, 64, 64)[0] for slot in (0, 3))
+    torch.testing.assert_close(y[0, :64].double(), (0.7 * first - 0.3 * second) @ x[0].double(), rtol=1e-5, atol=1e-5)
+    assert not y[1].any()
+
+
+def test_non_contiguous_rows_and_outputs() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    x, y = torch.randn(7, 128), torch.randn(7, 200)
+    slots = popularity("uniform", 7)
+    expected = apply(arena, y[:, :96].contiguous(), x[:, ::2].contiguous(), slots, [64, 32])
+    lora_apply_(y[:, :96], x[:, ::2], arena.data, arena.table, out_features=[64, 32], slots=SlotBatch.from_slots(slots))
+    assert torch.equal(y[:, :96], expected)
+
+
+def test_tiles_cover_every_entry_once() -> None:
+    slots = [*popularity("skewed", 100), NO_SLOT, 2]
+    batch = SlotBatch.from_slots(slots)
+    starts = batch.tile_starts.tolist()
+    assert sorted(batch.rows.tolist()) == [row for row, slot in enumerate(slots) if slot != NO_SLOT]
+    for tile, slot in enumerate(batch.tile_slots.tolist()):
+        rows = batch.rows[starts[tile] : starts[tile + 1]].tolist()
+        assert 0 < len(rows) <= TILE_ROWS
+        assert {slots[row] for row in rows} == {slot}
+
+
+def test_every_breach_of_the_contract_is_named() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    with pytest.raises(ValueError, match=r"y must be \[2, 96\].*arena must be 1-D"):
+        lora_apply_(
+            torch.zeros(2, 95),
+            torch.zeros(2, 64),
+            arena.data.half(),
+            arena.table,
+            out_features=[64, 32],
+            slots=SlotBatch.from_slots([0, 1]),
+        )
+
+
+def test_opcheck() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    batch = SlotBatch.from_slots([0, 3, -1])
+    arguments = (torch.zeros(3, 96), torch.randn(3, 64), arena.data, arena.table, [64, 32])
+    tables = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts)
+    torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, (*arguments, *tables))
