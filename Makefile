@@ -1,0 +1,101 @@
+# Every verb first makes what it needs: the virtual environment, the packages in it, the native library.
+#
+#   PYTHON=/path/to/python3     which Python makes .venv; by default the first one from 3.11 on
+#   TORCH_INDEX=URL             where PyTorch comes from, for machines that want its CPU wheels; empty: where pip looks
+#   CXX=g++                     the compiler of the native kernels; without a working one the PyTorch path serves
+#   ARGS="..."                  more arguments for demo, serve, test or bench
+
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
+NATIVE := kernels/lorasrv_kernels/cpu/_native.so
+NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
+
+.PHONY: help demo serve test check bench proto native clean
+.DEFAULT_GOAL := help
+# pip cannot install twice at a time
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## Show the verbs
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r verb text; do \
+		printf '%-14s %s\n' "$$verb" "$$text"; done
+
+demo: $(VENV)/.runtime $(NATIVE) ## One server, several adapters, one mixed batch
+	@$(BIN)/lorasrv demo $(ARGS)
+
+serve: $(VENV)/.runtime $(NATIVE) ## Serve the embedded base (ARGS: see lorasrv serve --help)
+	@$(BIN)/lorasrv serve $(ARGS)
+
+test: $(VENV)/.test $(NATIVE) ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire contract, Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+	$(BIN)/python proto/generate.py --check
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.runtime $(NATIVE) ## Measure this machine (ARGS: see lorasrv bench --help)
+	@$(BIN)/lorasrv bench $(ARGS)
+
+proto: $(VENV)/.dev ## Generate the code of the wire contract anew
+	$(BIN)/python proto/generate.py
+
+native: $(VENV)/.runtime ## Compile the native kernels anew
+	@$(BIN)/python hatch_build.py
+
+clean: ## Remove everything that the other verbs made
+	rm -rf $(VENV) $(NATIVE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# a build that fails leaves no library and exits 0, so that every verb goes on, and the next one tries again
+$(NATIVE): $(NATIVE_SOURCES) hatch_build.py | $(VENV)/.runtime
+	@$(BIN)/python hatch_build.py
+
+# one stamp for each set of packages; a larger set holds the smaller ones
+$(VENV)/.runtime: $(VENV)/.torch $(PROJECT_FILES)
+	@echo "installing lorasrv into $(VENV)"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(PROJECT_FILES)
+	@echo "installing lorasrv and what its tests need into $(VENV)"
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.dev: $(VENV)/.torch $(PROJECT_FILES)
+	@echo "installing lorasrv and what its checks need into $(VENV)"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $(VENV)/.runtime $(VENV)/.test $@
+
+# first and alone, so that TORCH_INDEX holds for PyTorch only; hatchling builds the project itself
+$(VENV)/.torch: $(BIN)/python constraints.txt
+	@echo "installing PyTorch into $(VENV) (once; the longest step)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) hatchling
+	@touch $@
+
+define FIND_PYTHON
+IFS=:; for folder in $$PATH; do for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$folder/$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	found="$$folder/$$name"; "$$found" -c 'import ensurepip, venv' 2>/dev/null && echo "$$found" && exit; \
+done; done; \
+if [ -n "$$found" ]; then \
+	echo "$$found has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; \
+else \
+	echo "no Python from 3.11 on found: install one (Debian, Ubuntu: apt-get install python3 python3-venv)" >&2; \
+fi; exit 1
+endef
+
+$(BIN)/python:
+	@python="$(PYTHON)"; [ -n "$$python" ] || python=$$($(FIND_PYTHON)) || exit 1; \
+	echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV)
