@@ -1,0 +1,91 @@
+"""The parts of a Llama layer between its products: norm, rotary positions, gated activation.
+
+Every function works row by row: a row's result has the same bits however many rows there are. Knows no weights but the
+norm's.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorasrv.model.rope import RopeConfig
+
+_TABLE_ROWS = 1024
+
+
+class RMSNorm:
+    """Root mean square norm, https://arxiv.org/abs/1910.07467 equation 4; in float32 inside."""
+
+    def __init__(self, weight: Tensor, *, epsilon: float) -> None:
+        """Keeps `weight` [I], in the dtype of the model."""
+        self.weight = weight
+        self._epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, I], the dtype of the model. Returns a new [T, I]."""
+        wide = x.float()
+        inverse = wide.pow(2).mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
+        return (wide * inverse).to(x.dtype).mul_(self.weight)
+
+
+class RotaryTable:
+    """Cosine and sine of every position, RoFormer (https://arxiv.org/abs/2104.09864) section 3.2.2; float32."""
+
+    def __init__(self, config: RopeConfig, *, head_size: int, num_positions: int, device: torch.device | str) -> None:
+        """Computes the table of positions 0 to `num_positions` - 1."""
+        frequencies = inverse_frequencies(config, head_size=head_size)
+        # in pieces of one shape, so that an angle's bits do not depend on how long the table is
+        starts = range(0, num_positions, _TABLE_ROWS)
+        pieces = [torch.arange(start, start + _TABLE_ROWS)[:, None] * frequencies for start in starts]
+        cosine_and_sine = torch.stack([torch.cat([piece.cos(), piece.sin()], 1) for piece in pieces])
+        self.table = cosine_and_sine.flatten(0, 1)[:num_positions].clone().to(device)  # [positions, D]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions the table knows."""
+        return len(self.table)
+
+    def lookup(self, positions: Tensor) -> Tensor:
+        """positions: [T] int64, each below `num_positions`. Returns [T, 1, D]: cosines, then sines."""
+        return self.table.index_select(0, positions).unsqueeze(1)
+
+
+def rotate_(heads: Tensor, angles: Tensor) -> None:
+    """Turns the two halves of every head by its position's angles, in place, in float32.
+
+    Args:
+        heads: [T, H, D], any strides.
+        angles: [T, 1, D] of `RotaryTable.lookup`.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    cosine, sine = angles.chunk(2, dim=-1)
+    heads.copy_(torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1))
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both [T, I]; the silu in float32. Returns a new contiguous [T, I]."""
+    wide = gate.float()
+    # silu and sigmoid take another path for the last few elements of a tensor, exp does not
+    return (wide / wide.neg().exp_().add_(1)).to(gate.dtype).mul_(up)
+
+
+def inverse_frequencies(config: RopeConfig, *, head_size: int) -> Tensor:
+    """The angle one position adds, per pair of a head: [D / 2] float32, on the CPU.
+
+    `llama3` interpolates only the slow pairs, as the Llama 3.1 release does.
+    """
+    frequencies = 1.0 / (config.theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size))
+    if config.kind == "default":
+        return frequencies
+    if config.kind == "linear":
+        return frequencies / config.factor
+    wavelengths = 2 * math.pi / frequencies
+    long = config.original_max_position_embeddings / config.low_freq_factor
+    short = config.original_max_position_embeddings / config.high_freq_factor
+    smooth = (config.original_max_position_embeddings / wavelengths - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    between = (1 - smooth) * frequencies / config.factor + smooth * frequencies
+    slow = torch.where(wavelengths > long, frequencies / config.factor, between)
+    return torch.where(wavelengths < short, frequencies, slow)

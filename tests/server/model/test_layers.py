@@ -1,0 +1,82 @@
+"""Norm, rotary positions and activation: equal to transformers, and row by row."""
+
+import pytest
+import torch
+from lorasrv.model.layers import RMSNorm, RotaryTable, rotate_, silu_mul
+from lorasrv.model.rope import RopeConfig
+from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_equals_transformers(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 96).to(dtype), torch.randn(96).to(dtype)
+    oracle = LlamaRMSNorm(96, eps=1e-5)
+    oracle.weight.data = weight
+    assert torch.equal(RMSNorm(weight, epsilon=1e-5).forward(x), oracle(x))
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotation_equals_transformers(kind):
+    torch.manual_seed(0)
+    values = dict(ROPES[kind])
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, rope_parameters=dict(values), max_position_embeddings=3000
+    )
+    positions = torch.tensor([0, 1, 17, 300, 1500, 2999])
+    heads = torch.randn(6, 4, 64)
+    cosine, sine = LlamaRotaryEmbedding(config)(heads, positions[None])
+    expected, _ = apply_rotary_pos_emb(heads, heads, cosine[0], sine[0])
+    rope = RopeConfig(kind=values.pop("rope_type"), theta=values.pop("rope_theta"), **values)
+    table = RotaryTable(rope, head_size=64, num_positions=3000, device="cpu")
+    assert table.num_positions == 3000
+    rotate_(heads, table.lookup(positions))
+    torch.testing.assert_close(heads, expected, rtol=0, atol=1e-6)
+
+
+def test_an_angle_does_not_depend_on_the_length_of_the_table():
+    short, long = (RotaryTable(RopeConfig(), head_size=64, num_positions=n, device="cpu").table for n in (1100, 2500))
+    assert torch.equal(short, long[:1100])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_equals_torch(dtype):
+    torch.manual_seed(0)
+    gate, up = (3 * torch.randn(5, 2 * 100)).to(dtype).split(100, dim=1)
+    torch.testing.assert_close(
+        silu_mul(gate, up), functional.silu(gate) * up, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6
+    )
+    assert not silu_mul(torch.full((1, 1), -200.0), torch.ones(1, 1)).isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [344, 1025])
+def test_rows_do_not_depend_on_their_number(dtype, width):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(40, 2 * width)).to(dtype)
+    norm = RMSNorm(torch.randn(2 * width).to(dtype), epsilon=1e-6)
+
+    def layers(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([silu_mul(rows[:, :width], rows[:, width:]), norm.forward(rows)], dim=1)
+
+    alone = torch.cat([layers(row[None]) for row in x])
+    for count in (2, 3, 7, 16, 17, 40):
+        assert torch.equal(layers(x[:count]), alone[:count])
