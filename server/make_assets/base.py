@@ -2,8 +2,8 @@
 
     python server/make_assets/base.py TEXT_FOLDER --out DIR [--steps N]
 
-Reads every `*.txt` of TEXT_FOLDER, holds out the last 5 % of each, and writes a Hugging Face folder in bfloat16 together
-with `training.json`, which states the held-out bits per byte. Knows nothing about serving.
+Reads every `*.txt` of TEXT_FOLDER, holds out the last 5 % of each, and writes a Hugging Face folder in bfloat16 with a
+`training.json` that states the held-out bits per byte. Knows nothing about serving.
 """
 
 import argparse
@@ -159,8 +159,13 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     score = bits_per_byte(model, tokenizer, held_out_texts)
-    summary = {"held_out_bits_per_byte": round(score, 4), "steps": arguments.steps, "batch_tokens": arguments.batch_tokens,
-               "seed": arguments.seed, "training_tokens": len(ids)}
+    summary = {
+        "held_out_bits_per_byte": round(score, 4),
+        "steps": arguments.steps,
+        "batch_tokens": arguments.batch_tokens,
+        "seed": arguments.seed,
+        "training_tokens": len(ids),
+    }
     (arguments.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary), flush=True)
 
