@@ -1,0 +1,218 @@
+"""The asyncio client; every call is that of `lorasrv_client.client`, awaited.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        await client.load_adapter("poet", "/srv/adapters/poet")
+        async with client.stream("The sea", adapter_id="poet", max_new_tokens=40) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="", flush=True)
+
+Every call may raise a `ClientError`. A task that is cancelled while it waits cancels its call, and sees
+`asyncio.CancelledError` as always.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lorasrv_proto.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2
+from lorasrv_proto.v1.server_pb2_grpc import ServerServiceStub
+
+from lorasrv_client import convert
+from lorasrv_client.channel import channel_options
+from lorasrv_client.client import typed_errors
+from lorasrv_client.errors import ServerError
+from lorasrv_client.types import Adapter, Chunk, Generation, HealthStatus, SamplingOptions, ServerInfo
+
+_Call = grpc.aio.UnaryStreamCall[generation_pb2.GenerateStreamRequest, generation_pb2.GenerateStreamResponse]
+
+
+class AsyncClient:
+    """A connection to one server, opened at the first call and closed by `close` or at the end of `async with`.
+
+    Make it inside the event loop that uses it.
+
+    Args:
+        target: `HOST:PORT`, or any gRPC name.
+        credentials: For an encrypted connection; None connects in plain text.
+        retry: Whether calls a server cannot take now are tried again (see `lorasrv_client.channel`).
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None, retry: bool = True) -> None:
+        options = channel_options(retry=retry)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=options)
+        )
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
+        self._server = ServerServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter_id: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Generate a whole answer.
+
+        Args:
+            prompt: Text, or token ids that are used as they are.
+            adapter_id: Which adapter answers; empty for the base model, `id@digest` for one version.
+            timeout_seconds: The deadline of the call; None waits as long as it takes.
+            **sampling: See `SamplingOptions`; what is not given takes the server's default.
+        """
+        request = convert.generate_request(prompt, adapter_id=adapter_id, sampling=sampling)
+        with typed_errors():
+            return convert.generation(await self._generation.Generate(request, timeout=timeout_seconds))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter_id: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> "AsyncStream":
+        """Generate an answer piece by piece; the arguments are those of `generate`."""
+        request = convert.generate_request(prompt, adapter_id=adapter_id, sampling=sampling)
+        message = generation_pb2.GenerateStreamRequest(request=request)
+        return AsyncStream(self._generation.GenerateStream(message, timeout=timeout_seconds))
+
+    async def load_adapter(
+        self,
+        adapter_id: str,
+        source: str,
+        *,
+        replace: bool = False,
+        expected_digest: str = "",
+        timeout_seconds: float | None = None,
+    ) -> Adapter:
+        """Load an adapter while the server works; returns when requests may name it.
+
+        Args:
+            adapter_id: The name requests will use.
+            source: A folder below one of the server's adapter roots, or `hf:org/name@revision`.
+            replace: Put it in the place of other weights under this id; running requests keep the old ones.
+            expected_digest: Refuse the adapter unless its digest begins so.
+            timeout_seconds: When to stop waiting; the load itself goes on.
+        """
+        request = adapters_pb2.LoadAdapterRequest(
+            adapter_id=adapter_id, source=source, replace=replace, expected_digest=expected_digest
+        )
+        with typed_errors():
+            return convert.adapter((await self._adapters.LoadAdapter(request, timeout=timeout_seconds)).adapter)
+
+    async def unload_adapter(
+        self, adapter_id: str, *, if_idle: bool = False, timeout_seconds: float | None = None
+    ) -> Adapter:
+        """Withdraw an adapter: new requests no longer find it, running ones finish.
+
+        Args:
+            adapter_id: The adapter's name.
+            if_idle: Refuse while any request holds it.
+            timeout_seconds: The deadline of the call.
+        """
+        mode = adapters_pb2.UNLOAD_MODE_IF_IDLE if if_idle else adapters_pb2.UNLOAD_MODE_DRAIN
+        request = adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id, mode=mode)
+        with typed_errors():
+            return convert.adapter((await self._adapters.UnloadAdapter(request, timeout=timeout_seconds)).adapter)
+
+    async def get_adapter(self, adapter_id: str, *, timeout_seconds: float | None = None) -> Adapter:
+        """What the server knows about one adapter."""
+        request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        with typed_errors():
+            return convert.adapter((await self._adapters.GetAdapter(request, timeout=timeout_seconds)).adapter)
+
+    async def list_adapters(
+        self, *, page_size: int = 0, timeout_seconds: float | None = None
+    ) -> AsyncIterator[Adapter]:
+        """All adapters, ordered by id; each page is fetched when it is needed, with its own deadline."""
+        request = adapters_pb2.ListAdaptersRequest(page_size=page_size)
+        while True:
+            with typed_errors():
+                page = await self._adapters.ListAdapters(request, timeout=timeout_seconds)
+            for message in page.adapters:
+                yield convert.adapter(message)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def server_info(self, *, timeout_seconds: float | None = None) -> ServerInfo:
+        """What the server is and what it is doing."""
+        with typed_errors():
+            return convert.server_info(
+                await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=timeout_seconds)
+            )
+
+    async def health(self, service: str = "", *, timeout_seconds: float | None = None) -> HealthStatus:
+        """The server's own word on its health; `service` is empty, "live", "ready" or a full service name."""
+        with typed_errors():
+            return convert.health(
+                await self._health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds)
+            )
+
+    async def close(self) -> None:
+        """Close the connection; running calls end with `CancelledError`."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream:
+    """An answer as it is generated: iterate over its chunks once, then `result` is the whole.
+
+    Leaving `async with`, or calling `cancel`, before the end tells the server to stop.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._chunks: list[Chunk] = []
+        self._generation: Generation | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Yield the chunks that have not been read yet."""
+        with typed_errors():
+            async for response in self._call:
+                if response.HasField("finish"):
+                    self._generation = convert.collected(self._chunks, response.finish)
+                elif response.HasField("chunk"):
+                    self._chunks.append(convert.chunk(response.chunk))
+                    yield self._chunks[-1]
+
+    async def result(self) -> Generation:
+        """The whole answer; reads what is left of the stream first.
+
+        Raises:
+            ServerError: The stream ended without a finish.
+        """
+        if self._generation is None:
+            async for _ in self:
+                pass
+        if self._generation is None:
+            raise ServerError("the stream ended without a finish", code=grpc.StatusCode.INTERNAL)
+        return self._generation
+
+    def cancel(self) -> None:
+        """Tell the server to stop; nothing if the stream has ended."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
