@@ -133,6 +133,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """What the runner chose for one sequence of a step.
+
+    Attributes:
+        token_id: the token; meaningless if `is_finite` is false.
+        logprob: its log probability as in `TokenLogprob`; None if not asked for.
+        top: the most probable tokens as in `TokenLogprob`.
+        is_finite: false if the logits held NaN or infinity, so that nothing could be chosen.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    is_finite: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """How a request ended well.
 

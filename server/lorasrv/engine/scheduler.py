@@ -4,12 +4,12 @@ Continuous batching in one rule: older first. Running sequences that decode get 
 get a chunk of what is left of the step's token budget, and the waiting ones are admitted in order of arrival. When
 blocks run out the latest arrived running sequence gives up its own and is computed again later.
 
-The promises, for a slot pool that hands a slot to some sequence whenever none is in use:
+The promises:
 
-* The oldest live sequence is never preempted for another one and runs in every step from its admission on.
-* A sequence that waits for blocks lets nobody pass. One whose adapter gets no slot is passed over, but at most
-  `max_overtakes` newer sequences with an adapter, and OVERTAKES_IN_ALL times as many of any kind, are admitted before
-  it; then it lets nobody pass, the running ones end, and the pool is free for it.
+* The oldest running sequence is never preempted for another one and is part of every step, so it ends.
+* A sequence that waits for blocks or for its turn is overtaken by nobody.
+* One whose adapter gets no slot is overtaken freely by those that need none, and by at most `max_overtakes` that do.
+  From then on slots only become free, until one is its own.
 
 So every sequence ends. This module knows no tensor and no text. Not thread-safe: engine thread only.
 """
@@ -33,8 +33,6 @@ __all__ = [
     "SlotPool",
 ]
 
-OVERTAKES_IN_ALL = 16
-
 
 class SlotPool(Protocol):
     """Where adapters get their place on the device."""
@@ -42,7 +40,7 @@ class SlotPool(Protocol):
     def acquire(self, lease: Lease) -> int | None:
         """A slot that holds the lease's adapter, counted as used once more; None if all are used by others.
 
-        What it raises ends this lease's request alone.
+        It must find one when none is in use. What it raises ends this lease's request alone.
         """
 
     def release(self, slot: int) -> None:
@@ -107,8 +105,8 @@ class Scheduler:
             )
         # the last token is sampled and never run
         needed = num_blocks_for(num_prompt_tokens + max_new_tokens - 1)
-        if needed > self.blocks.num_guaranteed:
-            raise RequestTooLargeError(needed=needed, limit=self.blocks.num_guaranteed, unit="KV blocks")
+        if needed > self.blocks.num_blocks:
+            raise RequestTooLargeError(needed=needed, limit=self.blocks.num_blocks, unit="KV blocks")
 
     def add(self, request: Request) -> Sequence:
         """Put a request that fits at the end of the queue."""
@@ -162,7 +160,6 @@ class Scheduler:
         self.blocks.check_integrity(sequence.block_table for sequence in self.running)
 
     def _schedule_running(self) -> list[ScheduledSequence]:
-        budget = self.limits.max_batched_tokens
         scheduled = []
         index = 0
         # `_grow` may take sequences off the end, the current one included
@@ -171,7 +168,7 @@ class Scheduler:
             index += 1
             if sequence.num_pending_tokens == 1 and self._grow(sequence):
                 scheduled.append(_part(sequence, 1))
-        budget -= len(scheduled)
+        budget = self.limits.max_batched_tokens - len(scheduled)
         for sequence in self.running:
             if sequence.num_pending_tokens > 1 and budget:
                 scheduled.append(_part(sequence, budget))
@@ -210,15 +207,12 @@ class Scheduler:
         scheduled = []
         passed = _Passed(self.limits.max_overtakes)
         for sequence in tuple(self.waiting):
-            if budget < 1 or len(self.running) >= self.limits.max_num_seqs or passed.closes_to_all:
-                break
             needed = num_blocks_for(len(sequence.token_ids))
-            if needed > self.blocks.num_free:
+            if budget < 1 or len(self.running) >= self.limits.max_num_seqs or needed > self.blocks.num_free:
                 break
             if not self._take_slot(sequence, passed):
                 continue
-            if not self._start(sequence, needed):
-                break
+            self._start(sequence, needed)
             passed.count(sequence)
             scheduled.append(_part(sequence, budget))
             budget -= scheduled[-1].num_tokens
@@ -242,17 +236,13 @@ class Scheduler:
         sequence.slot = slot
         return True
 
-    def _start(self, sequence: Sequence, num_blocks: int) -> bool:
+    def _start(self, sequence: Sequence, num_blocks: int) -> None:
         block_ids = self.blocks.allocate(num_blocks)
-        if block_ids is None:
-            # the adapter took the room that the blocks were counted in
-            self._release(sequence)
-            return False
+        assert block_ids is not None
         sequence.block_table = block_ids
         sequence.status = SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_number)
-        return True
 
     def _fail_stuck(self, sequence: Sequence) -> None:
         """End the oldest sequence, which could not start although nothing runs; keeps the queue moving."""
@@ -277,39 +267,29 @@ class Scheduler:
 
 
 class _Passed:
-    """The sequences that newer ones pass in one round of admission, and when that has to stop."""
+    """The sequences without a slot that newer ones pass in one round of admission, and when that has to stop."""
 
     def __init__(self, max_overtakes: int) -> None:
         self._max_overtakes = max_overtakes
         self._sequences: list[Sequence] = []
         self._digests: set[str] = set()
-        self._most = -1
-        self._most_by_adapters = -1
+        self._most_overtakes = -1
 
     def add(self, sequence: Sequence, digest: str) -> None:
         self._sequences.append(sequence)
         self._digests.add(digest)
-        self._most = max(self._most, sequence.num_overtakes)
-        self._most_by_adapters = max(self._most_by_adapters, sequence.num_adapter_overtakes)
+        self._most_overtakes = max(self._most_overtakes, sequence.num_overtakes)
 
     def count(self, admitted: Sequence) -> None:
-        is_adapted = admitted.request.lease is not None
+        if admitted.request.lease is None or not self._sequences:
+            return
         for sequence in self._sequences:
             sequence.num_overtakes += 1
-            sequence.num_adapter_overtakes += is_adapted
-        self._most += 1
-        self._most_by_adapters += is_adapted
+        self._most_overtakes += 1
 
     def closes_to(self, digest: str) -> bool:
         """Whether a newer sequence with this adapter has to wait, too."""
-        if not self._sequences:
-            return False
-        return digest in self._digests or self._most_by_adapters >= self._max_overtakes
-
-    @property
-    def closes_to_all(self) -> bool:
-        """Whether every newer sequence has to wait, too."""
-        return bool(self._sequences) and self._most >= self._max_overtakes * OVERTAKES_IN_ALL
+        return digest in self._digests or self._most_overtakes >= self._max_overtakes
 
 
 def _number(sequence: Sequence) -> int:

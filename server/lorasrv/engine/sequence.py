@@ -29,8 +29,7 @@ class Sequence:
         block_table: block ids, one per 32 positions.
         slot: the adapter's slot while running, -1 for the base.
         status: waiting, running or finished.
-        num_overtakes: newer sequences that were admitted while this one could not get a slot.
-        num_adapter_overtakes: those of them with an adapter.
+        num_overtakes: newer sequences with an adapter that were admitted while this one could not get a slot.
     """
 
     request: Request
@@ -41,7 +40,6 @@ class Sequence:
     slot: int = -1
     status: SequenceStatus = SequenceStatus.WAITING
     num_overtakes: int = 0
-    num_adapter_overtakes: int = 0
 
     @property
     def num_generated_tokens(self) -> int:
