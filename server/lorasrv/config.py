@@ -1,4 +1,4 @@
-"""The configuration of a server: what may be set, what it means, and which values make sense together.
+"""Configuration: what may be set, what it means, and which values make sense together.
 
 It does not know the command line, the environment or files (see `lorasrv.cli.layers`), and it never looks at a device
 or a model: "auto" and None are resolved where those are known.
@@ -98,6 +98,15 @@ class ServeConfig:
         key="drain_timeout",
         metavar="S",
     )
+    log_level: str = setting(
+        "info",
+        choice("debug", "info", "warning", "error"),
+        "The lowest level of messages on stderr.",
+        metavar="debug|info|warning|error",
+    )
+    log_format: str = setting(
+        "text", choice("text", "json"), "Log lines for people or for machines.", metavar="text|json"
+    )
 
     def __post_init__(self) -> None:
         reasons = tuple(_reasons(self))
@@ -109,6 +118,24 @@ class ServeConfig:
         """The folders below which adapters may be read: `adapter_roots` and the folders that `adapters` names."""
         named = [folder(source) for _, source in self.adapters if not source.startswith(HUB_PREFIX)]
         return tuple(dict.fromkeys((*self.adapter_roots, *named)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectConfig:
+    """Which server a command talks to.
+
+    Raises:
+        ConfigError: Values that cannot work.
+    """
+
+    server: str = setting("127.0.0.1:50051", text, "The server to talk to.", metavar="HOST:PORT")
+    timeout_seconds: float | None = setting(
+        None, seconds, "Give up after this many seconds. Default: wait.", key="timeout", metavar="S"
+    )
+
+    def __post_init__(self) -> None:
+        if self.timeout_seconds is not None and self.timeout_seconds <= 0:
+            raise ConfigError([f"timeout is {self.timeout_seconds}: it must be above 0"])
 
 
 def is_loopback(host: str) -> bool:
