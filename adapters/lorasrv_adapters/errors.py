@@ -1,18 +1,18 @@
 """Errors of this package.
 
-    AdapterError
-    |-- InvalidAdapterIdError       the id or reference does not follow the grammar
-    |-- AdapterNotFoundError        no adapter of that id, or no such version of it
-    |-- AdapterExistsError          the id already names another digest
-    |-- AdapterInUseError           running requests use it
-    |-- AdapterIncompatibleError    well-formed, but it cannot be served on this base
-    |-- AdapterCorruptError         damaged: truncated, malformed, or not the expected digest
-    |-- SlotsExhaustedError         it can never fit on the device
-    `-- AdapterSourceError          the place it should come from
-        |-- SourceNotAllowedError   outside the roots, or not on the allow-list
-        |-- SourceNotFoundError     nothing there
-        |-- HubUnreachableError     no connection, a timeout, or a server fault; trying again can help
-        `-- HubAccessDeniedError    the Hub refused the token
+AdapterError
+|-- InvalidAdapterIdError       the id or reference does not follow the grammar
+|-- AdapterNotFoundError        no adapter of that id, or no such version of it
+|-- AdapterExistsError          the id already names another digest
+|-- AdapterInUseError           running requests use it
+|-- AdapterIncompatibleError    well-formed, but it cannot be served on this base
+|-- AdapterCorruptError         damaged: truncated, malformed, or not the expected digest
+|-- SlotsExhaustedError         it can never fit on the device
+`-- AdapterSourceError          the place it should come from
+    |-- SourceNotAllowedError   outside the roots, or not on the allow-list
+    |-- SourceNotFoundError     nothing there
+    |-- HubUnreachableError     no connection, a timeout, or a server fault; trying again can help
+    `-- HubAccessDeniedError    the Hub refused the token
 """
 
 from collections.abc import Sequence

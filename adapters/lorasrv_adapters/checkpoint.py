@@ -1,0 +1,93 @@
+"""An adapter folder in PEFT's format, read strictly and written atomically.
+
+It knows the two files of the format; what they mean is `config`'s and `normalize`'s business.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from lorasrv_adapters.config import CONFIG_NAME, examine_adapter_config, parse_adapter_config
+from lorasrv_adapters.errors import AdapterIncompatibleError
+from lorasrv_adapters.fields import MAX_JSON_BYTES
+from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter, normalize
+from lorasrv_adapters.weights import WEIGHTS_NAME, WeightLimits, open_regular, read_weights
+
+
+def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits | None = None) -> NormalizedAdapter:
+    """Read a PEFT adapter folder completely, or refuse it with everything that is wrong.
+
+    Blocks on files; for DoRA it also reads the base's rows.
+
+    Args:
+        folder: The folder; only its two known files are opened.
+        base: The base the adapter will be served on.
+        limits: What the weights file may ask for; the default limits if None.
+
+    Raises:
+        SourceNotFoundError: A file is missing.
+        AdapterCorruptError: A file is damaged.
+        AdapterIncompatibleError: It cannot be served on this base; every reason is listed.
+    """
+    with open_regular(folder / CONFIG_NAME) as file:
+        config, reasons = examine_adapter_config(file.read(MAX_JSON_BYTES + 1))
+    try:
+        tensors = read_weights(folder, limits)
+        if config is not None:
+            adapter = normalize(config, tensors, base)
+    except AdapterIncompatibleError as error:
+        raise AdapterIncompatibleError([*reasons, *error.reasons]) from error
+    if config is None or reasons:
+        raise AdapterIncompatibleError(reasons)
+    return adapter
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Write a PEFT adapter folder; after a crash it is there completely or not at all.
+
+    Args:
+        folder: Where; it must not exist yet, or be empty.
+        config: The content of `adapter_config.json`, as PEFT spells it.
+        tensors: Tensors by PEFT's names, in the dtypes to write.
+
+    Raises:
+        AdapterIncompatibleError: The config could not be read back.
+        FileExistsError: The folder has content already.
+    """
+    parse_adapter_config(config)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+        _write(draft / WEIGHTS_NAME, weights)
+        _write(draft / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
+        draft.chmod(0o755)
+        _sync_folder(draft)
+        draft.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
