@@ -1,0 +1,92 @@
+"""Metrics of a server that did a little of everything."""
+
+from collections.abc import Callable
+
+import pytest
+from lorasrv.engine.observer import EngineStats, RequestStats, StepStats
+from lorasrv.metrics import LevelState, ServerMetrics, ServerState
+
+
+def server_state(**changes) -> ServerState:
+    values = {
+        "engine": EngineStats(
+            num_running=3, num_queued=2, queue_capacity=64, num_kv_blocks=8, num_kv_blocks_used=2, is_draining=False
+        ),
+        "levels": {
+            "device": LevelState(num_adapters=2, num_slots=4, num_bytes=2048),
+            "host": LevelState(num_adapters=3, num_slots=None, num_bytes=3072),
+        },
+        "adapter_ids": frozenset({"haiku", "legal", "noir"}),
+        "resident_adapter_ids": frozenset({"noir", "legal"}),
+        "waiting_adapter_ids": frozenset({"legal", "haiku"}),
+    }
+    return ServerState(**(values | changes))
+
+
+def request_stats(**changes) -> RequestStats:
+    values = {
+        "adapter_id": "noir",
+        "finish_reason": "stop",
+        "error_reason": "",
+        "phase": "running",
+        "num_prompt_tokens": 7,
+        "num_generated_tokens": 3,
+        "duration_seconds": 0.5,
+        "queue_seconds": 0.1,
+        "prefill_seconds": 0.2,
+        "decode_seconds": 0.2,
+    }
+    return RequestStats(**(values | changes))
+
+
+def step_stats(**changes) -> StepStats:
+    values = {
+        "duration_seconds": 0.02,
+        "num_sequences": 5,
+        "num_adapters": 3,
+        "num_prompt_tokens": 11,
+        "num_generated_tokens": 4,
+        "num_preemptions": 1,
+        "inter_token_seconds": (0.02, 0.02, 0.03),
+    }
+    return StepStats(**(values | changes))
+
+
+@pytest.fixture
+def state() -> Callable[..., ServerState]:
+    """Makes a snapshot; keyword arguments replace fields."""
+    return server_state
+
+
+@pytest.fixture
+def request_ended() -> Callable[..., RequestStats]:
+    """Makes a request's figures; keyword arguments replace fields."""
+    return request_stats
+
+
+@pytest.fixture
+def step() -> Callable[..., StepStats]:
+    """Makes a step's figures; keyword arguments replace fields."""
+    return step_stats
+
+
+@pytest.fixture
+def metrics() -> ServerMetrics:
+    """Metrics of a server that did nothing yet."""
+    return ServerMetrics(base_model="tiny", max_adapter_series=2)
+
+
+@pytest.fixture
+def exercised(metrics) -> ServerMetrics:
+    """Metrics that hold at least one series of every family."""
+    metrics.read_state_from(server_state)
+    metrics.step_finished(step_stats())
+    metrics.first_token(ttft_seconds=0.3, is_adapted=True)
+    metrics.first_token(ttft_seconds=0.2, is_adapted=False)
+    metrics.request_finished(request_stats())
+    metrics.request_finished(request_stats(error_reason="CANCELLED", finish_reason="", phase="queued"))
+    metrics.request_rejected("QUEUE_FULL")
+    metrics.call_finished(method="Generate", code="OK", finish_reason="stop")
+    metrics.adapter_load_finished(result="ok", duration_seconds=0.7)
+    metrics.adapter_evicted(level="device")
+    return metrics
