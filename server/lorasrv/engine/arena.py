@@ -1,7 +1,7 @@
 """How the device arena is divided: KV blocks from the front, adapters as movable extents from the back.
 
-Bookkeeping over element counts; knows no tensor, no adapter and no sequence. Room for the KV blocks and for the extents is
-set aside once, so that loading adapters never takes blocks from running requests, and the reverse.
+Bookkeeping over element counts; knows no tensor, no adapter and no sequence. Room for blocks and for extents is
+set aside once, so that loading adapters never takes blocks from running requests, nor the reverse.
 """
 
 from dataclasses import dataclass
