@@ -1,0 +1,1 @@
+"""The gRPC service: the only part of the server that sees protobuf. It sees no tensor."""
