@@ -8,6 +8,7 @@ import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lorasrv.errors import ConfigError
 from lorasrv.settings import choice, folder, integer, pair, seconds, setting, size, switch, text
@@ -61,14 +62,16 @@ class ServeConfig:
     insecure: bool = setting(
         False, switch, "Listen on an address other machines can reach, without encryption or authentication."
     )
-    device: str = setting("auto", choice("auto", "cpu", "cuda"), "Where the model runs.", metavar="auto|cpu|cuda")
-    dtype: str = setting(
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", choice("auto", "cpu", "cuda"), "Where the model runs.", metavar="auto|cpu|cuda"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
         choice("auto", "bfloat16", "float16", "float32"),
         "The type of activations and of the KV cache.",
         metavar="auto|bfloat16|float16|float32",
     )
-    exact: str = setting(
+    exact: Literal["auto", "on", "off"] = setting(
         "auto",
         choice("auto", "on", "off"),
         "Answers that do not depend, bit for bit, on other requests; auto is on for the CPU and off for a GPU.",
@@ -104,7 +107,7 @@ class ServeConfig:
         "The lowest level of messages on stderr.",
         metavar="debug|info|warning|error",
     )
-    log_format: str = setting(
+    log_format: Literal["text", "json"] = setting(
         "text", choice("text", "json"), "Log lines for people or for machines.", metavar="text|json"
     )
 

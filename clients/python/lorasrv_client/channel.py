@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 * 1024**2
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 RETRY_SERVICE_CONFIG: Mapping[str, Any] = {
     "methodConfig": [

@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from lorasrv_proto.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2
 from lorasrv_proto.v1.server_pb2_grpc import ServerServiceStub
 
 from lorasrv_client import convert
-from lorasrv_client.channel import channel_options
+from lorasrv_client.channel import HEALTH_METHOD, channel_options
 from lorasrv_client.errors import ServerError, from_rpc_error
 from lorasrv_client.types import Adapter, Chunk, Generation, HealthStatus, SamplingOptions, ServerInfo
 
@@ -50,7 +50,11 @@ class Client:
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._server = ServerServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._check_health = self._channel.unary_unary(
+            HEALTH_METHOD,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
 
     def generate(
         self,
@@ -152,7 +156,7 @@ class Client:
         """The server's own word on its health; `service` is empty, "live", "ready" or a full service name."""
         with typed_errors():
             return convert.health(
-                self._health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds)
+                self._check_health(health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds)
             )
 
     def close(self) -> None:
