@@ -1,0 +1,28 @@
+"""Linear layers in 16 or 32 bit, each row with the same bits whatever its neighbours."""
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels.dense import op as _op  # noqa: F401  registers the ops
+
+__all__ = ["dense_linear"]
+
+
+def dense_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x W^T; a row's result does not depend on the number of rows or on the other rows.
+
+    Differentiable with respect to x alone, and only without `out`.
+
+    Args:
+        x: [T, I], any floating dtype.
+        weight: [O, I], contiguous, same dtype.
+        out: [T, O], contiguous, same dtype; written and returned if given. Serving passes it, under inference mode.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    if out is None:
+        result: Tensor = torch.ops.lorasrv.dense_linear(x, weight)
+        return result
+    torch.ops.lorasrv.dense_linear_(x, weight, out)
+    return out

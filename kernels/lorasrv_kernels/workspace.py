@@ -1,0 +1,61 @@
+"""Scratch memory of the reference kernels: taken once, used again by every call of the same thread.
+
+Knows names, shapes and dtypes; knows nothing of what is stored. Contents do not survive the call that took them.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named scratch tensors; each name has one buffer, which grows to the largest request and never shrinks."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.device], dict[tuple[torch.dtype, tuple[int, ...]], Tensor]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized tensor, valid until the same name is taken again.
+
+        No memory is allocated once a name has seen its largest request on a device.
+        """
+        views = self._views.setdefault((name, device), {})
+        view = views.get((dtype, shape))
+        if view is None:
+            view = self._buffer(name, shape, dtype, device).view(dtype).view(shape)
+            # looked up after growing, which drops the views of the smaller buffer
+            self._views[name, device][dtype, shape] = view
+        return view
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held over all names and devices."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        buffer = self._buffers.get((name, device))
+        if buffer is None or buffer.nbytes < num_bytes:
+            # an ordinary tensor, so that both inference mode and training may write to it
+            with torch.inference_mode(mode=False):
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._buffers[name, device] = buffer
+            self._views[name, device] = {}
+        return buffer[:num_bytes]
+
+
+class _ThreadWorkspace(threading.local):
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+
+_thread = _ThreadWorkspace()
+
+
+def thread_workspace() -> Workspace:
+    """The calling thread's own workspace; freed with the thread."""
+    return _thread.workspace
