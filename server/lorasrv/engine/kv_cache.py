@@ -35,7 +35,7 @@ class BlockAllocator:
         return self.num_blocks - self.num_free
 
     def allocate(self, num_blocks: int) -> list[int] | None:
-        """Take the `num_blocks` lowest free ids, ascending; None, and nothing taken, if there are fewer."""
+        """Takes the `num_blocks` lowest free ids, ascending; None, and nothing taken, if there are fewer."""
         if num_blocks > self.num_free:
             return None
         block_ids = []
@@ -46,7 +46,7 @@ class BlockAllocator:
         return block_ids
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """Give blocks back.
+        """Gives blocks back.
 
         Raises:
             ValueError: one is not in use, or is named twice; nothing is freed then.
@@ -60,7 +60,7 @@ class BlockAllocator:
         self._free |= freed
 
     def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
-        """Check that the blocks in use are exactly those of `block_tables`, each in one place.
+        """Checks that the blocks in use are exactly those of `block_tables`, each in one place.
 
         Raises:
             RuntimeError: they are not; says which blocks are lost, shared, or owned but free.

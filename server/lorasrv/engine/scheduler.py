@@ -38,13 +38,13 @@ class SlotPool(Protocol):
     """Where adapters get their place on the device."""
 
     def acquire(self, lease: Lease) -> int | None:
-        """A slot that holds the lease's adapter, counted as used once more; None if all are used by others.
+        """Returns a slot that holds the lease's adapter, counted as used once more; None if all are used by others.
 
         It must find one when none is in use. What it raises ends this lease's request alone.
         """
 
     def release(self, slot: int) -> None:
-        """Undo one `acquire`."""
+        """Undoes one `acquire`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class Scheduler:
         self._failed: list[tuple[Sequence, Exception]] = []
 
     def check_fits(self, request: Request) -> None:
-        """Refuse a request that could never run to its end; reads nothing that changes, so any thread may call it.
+        """Refuses a request that could never run to its end; reads nothing that changes, so any thread may call it.
 
         Raises:
             PromptTooLongError: prompt and max_new_tokens pass max_model_len.
@@ -109,14 +109,14 @@ class Scheduler:
             raise RequestTooLargeError(needed=needed, limit=self.blocks.num_blocks, unit="KV blocks")
 
     def add(self, request: Request) -> Sequence:
-        """Put a request that fits at the end of the queue."""
+        """Puts a request that fits at the end of the queue."""
         sequence = Sequence(request=request, number=self._num_arrived, token_ids=list(request.prompt_token_ids))
         self._num_arrived += 1
         self.waiting.append(sequence)
         return sequence
 
     def schedule(self) -> ScheduledStep | None:
-        """Choose the next step; None only when there is no live sequence left.
+        """Chooses the next step; None only when there is no live sequence left.
 
         Whoever calls it runs the step, then calls `advance`, and asks `take_failed` each time.
         """
@@ -131,12 +131,12 @@ class Scheduler:
             self._fail_stuck(self.waiting[0])
 
     def advance(self, step: ScheduledStep) -> None:
-        """Note that the step ran: its tokens' keys and values are in the cache."""
+        """Notes that the step ran: its tokens' keys and values are in the cache."""
         for scheduled in step.sequences:
             scheduled.sequence.num_computed_tokens += scheduled.num_tokens
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a live sequence out and release what it holds.
+        """Takes a live sequence out and releases what it holds.
 
         Raises:
             ValueError: it was taken out before.
@@ -151,12 +151,12 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def take_failed(self) -> list[tuple[Sequence, Exception]]:
-        """Sequences that `schedule` had to end, with the reason; they are finished and hold nothing."""
+        """Returns the sequences that `schedule` had to end, with the reason; they are finished and hold nothing."""
         failed, self._failed = self._failed, []
         return failed
 
     def check_integrity(self) -> None:
-        """Check that the blocks in use are those of the running sequences; raises RuntimeError."""
+        """Checks that the blocks in use are those of the running sequences; raises RuntimeError."""
         self.blocks.check_integrity(sequence.block_table for sequence in self.running)
 
     def _schedule_running(self) -> list[ScheduledSequence]:
@@ -176,7 +176,7 @@ class Scheduler:
         return scheduled
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a decoding sequence the block for its next position, at the cost of the latest if need be."""
+        """Gives a decoding sequence the block for its next position, at the cost of the latest if need be."""
         while num_blocks_for(len(sequence.token_ids)) > len(sequence.block_table):
             block_ids = self.blocks.allocate(1)
             if block_ids is not None:
@@ -245,7 +245,7 @@ class Scheduler:
         insort(self.running, sequence, key=_number)
 
     def _fail_stuck(self, sequence: Sequence) -> None:
-        """End the oldest sequence, which could not start although nothing runs; keeps the queue moving."""
+        """Ends the oldest sequence, which could not start although nothing runs; keeps the queue moving."""
         needed = num_blocks_for(len(sequence.token_ids))
         if needed > self.blocks.num_free:
             self._fail(sequence, RequestTooLargeError(needed=needed, limit=self.blocks.num_free, unit="KV blocks"))

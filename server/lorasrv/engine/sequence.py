@@ -68,6 +68,11 @@ class ScheduledSequence:
     num_tokens: int
     samples: bool
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it only runs the token sampled last."""
+        return self.num_tokens == 1 and self.start >= len(self.sequence.request.prompt_token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
