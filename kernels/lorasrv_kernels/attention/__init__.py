@@ -18,7 +18,7 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> Non
         batch: where each token goes.
 
     Raises:
-        ValueError: shapes or dtypes break this contract.
+        KernelError: shapes or dtypes break this contract.
     """
     torch.ops.lorasrv.store_kv_(cache, k, v, batch.slot_mapping)
 
@@ -36,7 +36,7 @@ def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: f
         [T, H, D] in q's dtype; every row independent of the other sequences and of chunking, bit for bit.
 
     Raises:
-        ValueError: shapes or dtypes break this contract.
+        KernelError: shapes or dtypes break this contract.
     """
     result: Tensor = torch.ops.lorasrv.paged_attention(
         q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale

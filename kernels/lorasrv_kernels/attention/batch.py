@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.errors import KernelError
+
 BLOCK_TOKENS = 32
 """Positions of one KV block."""
 
@@ -41,7 +43,7 @@ class AttentionBatch:
         """Lays the spans out in order.
 
         Raises:
-            ValueError: a block table is too short for its positions.
+            KernelError: a block table is too short for its positions.
         """
         slot_mapping: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
@@ -49,7 +51,7 @@ class AttentionBatch:
         for sequence, span in enumerate(spans):
             end = span.start + span.num_tokens
             if len(span.block_table) * BLOCK_TOKENS < end:
-                raise ValueError(f"span {sequence} ends at {end} but has {len(span.block_table)} blocks")
+                raise KernelError(f"span {sequence} ends at {end} but has {len(span.block_table)} blocks")
             for first in range(0, span.num_tokens, tile_tokens):
                 num_rows = min(tile_tokens, span.num_tokens - first)
                 tiles.append((sequence, len(slot_mapping) + first, num_rows, span.start + first))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lorasrv_kernels.attention import reference
 from lorasrv_kernels.attention.batch import BLOCK_TOKENS
+from lorasrv_kernels.errors import KernelError
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define("store_kv_(Tensor(a!) cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()")
@@ -25,7 +26,7 @@ def _check_cache(cache: Tensor, heads: int, head_size: int, dtype: torch.dtype) 
 
 
 def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """Raises ValueError naming every argument that breaks the contract of `store_kv_`."""
+    """Raises KernelError naming every argument that breaks the contract of `store_kv_`."""
     wrong = []
     if k.shape != v.shape or k.ndim != 3 or k.dtype != v.dtype:
         wrong.append(f"k and v must be one shape [T, Hkv, D], got {list(k.shape)} and {list(v.shape)}")
@@ -34,23 +35,23 @@ def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> No
     if slot_mapping.shape != k.shape[:1] or slot_mapping.dtype != torch.int64:
         wrong.append(f"slot_mapping must be int64 [T], got {slot_mapping.dtype} {list(slot_mapping.shape)}")
     if wrong:
-        raise ValueError("store_kv_: " + "; ".join(wrong))
+        raise KernelError("store_kv_: " + "; ".join(wrong))
 
 
 def check_attention(
     q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float
 ) -> Tensor:
-    """Raises ValueError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
+    """Raises KernelError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
     del scale
     if q.ndim != 3:
-        raise ValueError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")
+        raise KernelError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")
     wrong = _check_cache(cache, q.shape[1], q.shape[2], q.dtype)
     if tiles.ndim != 2 or tiles.shape[1] != 4 or tile_tokens < 1:
         wrong.append(f"tiles must be [K, 4] with tile_tokens >= 1, got {list(tiles.shape)} and {tile_tokens}")
     if block_tables.ndim != 2:
         wrong.append(f"block_tables must be [N, P], got {list(block_tables.shape)}")
     if wrong:
-        raise ValueError("paged_attention: " + "; ".join(wrong))
+        raise KernelError("paged_attention: " + "; ".join(wrong))
     return torch.empty_like(q)
 
 

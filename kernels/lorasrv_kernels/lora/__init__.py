@@ -29,7 +29,7 @@ def lora_apply_(
     A row may name several slots only if none of them has a `d`.
 
     Raises:
-        ValueError: shapes or dtypes break this contract.
+        KernelError: shapes or dtypes break this contract.
     """
     torch.ops.lorasrv.lora_apply_(
         y, x, arena, table, out_features, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts

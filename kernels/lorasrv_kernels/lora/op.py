@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.lora import reference
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
@@ -25,7 +26,7 @@ def check(
     tile_slots: Tensor,
     tile_starts: Tensor,
 ) -> None:
-    """Raises ValueError naming every argument that breaks the contract of `lora_apply_`."""
+    """Raises KernelError naming every argument that breaks the contract of `lora_apply_`."""
     tokens = x.shape[0]
     expected = [
         (x.ndim == 2, f"x must be [T, I], got {list(x.shape)}"),
@@ -41,7 +42,7 @@ def check(
     ]
     wrong = [message for holds, message in expected if not holds]
     if wrong:
-        raise ValueError("lora_apply_: " + "; ".join(wrong))
+        raise KernelError("lora_apply_: " + "; ".join(wrong))
 
 
 def _default(
