@@ -25,16 +25,14 @@ PACKAGES = (
 # distributions whose module has another name
 MODULES = {
     "google-re2": "re2",
+    "googleapis-common-protos": "google.rpc",
     "grpcio": "grpc",
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
-    "grpcio-status": "grpc_status",
     "import-linter": "importlinter",
     "protobuf": "google.protobuf",
     "pyyaml": "yaml",
 }
-# what comes with a declared distribution and is used under its own name
-CARRIED = {"google.rpc": "grpcio-status"}
 
 
 def run_python(code: str, *, cwd: Path) -> str:
@@ -127,11 +125,8 @@ def test_step_planning_without_torch(name, tmp_path):
 
 def test_every_runtime_import_is_declared():
     declared = modules_of(project()["dependencies"])
-    known = (*declared.values(), *(name for name, carrier in CARRIED.items() if carrier in declared))
     used = foreign(imports(sources(*PACKAGES)))
-    undeclared = {name for name in used if not any(provides(module, name) for module in known)}
-    # `from google import protobuf` also yields the bare namespace
-    assert undeclared - {"google"} == set()
+    assert {name for name in used if not any(provides(module, name) for module in declared.values())} == set()
 
 
 def test_every_runtime_dependency_is_imported():
@@ -139,6 +134,16 @@ def test_every_runtime_dependency_is_imported():
     declared = modules_of(project()["dependencies"])
     unused = {dist for dist, module in declared.items() if not any(provides(module, name) for name in used)}
     assert unused == set()
+
+
+def test_every_test_import_is_declared():
+    extras = project()["optional-dependencies"]
+    declared = modules_of([*project()["dependencies"], *extras["test"]])
+    siblings = {path.stem for path in sources("tests/support", "server/make_assets")}
+    used = {
+        name for name in foreign(imports(sources("tests", "server/make_assets"))) if name.split(".")[0] not in siblings
+    }
+    assert {name for name in used if not any(provides(module, name) for module in declared.values())} == set()
 
 
 def test_every_test_dependency_is_imported():
