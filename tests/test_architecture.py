@@ -176,7 +176,7 @@ import torch
 from lorasrv_kernels.cpu.library import load
 load()
 torch.ones(1000, 1000).sum()
-names = {pathlib.PurePath(line.split()[-1]).name for line in open("/proc/self/maps")}
-print(sum(name.startswith(("libgomp", "libomp", "libiomp")) for name in names))
+files = {line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps")}
+print(sum(pathlib.PurePath(file).name.startswith(("libgomp", "libomp", "libiomp")) for file in files))
 """
     assert run_python(code, cwd=tmp_path) == "1"
