@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 HELD_OUT_SHARE = 0.05
 CONTEXT = 512
@@ -141,6 +141,17 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor, *, steps: int, batch_token
             print(f"step {step} loss {loss.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
 
 
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """A Hugging Face folder in bfloat16 that samples by default: small models repeat themselves when greedy."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=1, do_sample=True, temperature=0.8, top_p=0.95
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
@@ -156,8 +167,7 @@ def main() -> None:
     ids = encode(tokenizer, train_texts)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(ids)} training tokens", flush=True)
     train(model, ids, steps=arguments.steps, batch_tokens=arguments.batch_tokens, seed=arguments.seed)
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
-    tokenizer.save(str(arguments.out / "tokenizer.json"))
+    save(model, tokenizer, arguments.out)
     score = bits_per_byte(model, tokenizer, held_out_texts)
     summary = {
         "held_out_bits_per_byte": round(score, 4),
