@@ -120,7 +120,7 @@ class Engine:
             raise
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request with RequestCancelledError before its next step; ignores an id that is not live. Any thread."""
+        """Ends a request with RequestCancelledError before its next step; ignores an unknown id. Any thread."""
         self._inbox.cancel(request_id)
 
     def drain(self, timeout: float | None = None) -> bool:
