@@ -19,7 +19,6 @@ _BATCH_ADAPTER_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 REJECTION_REASONS = ("QUEUE_FULL", "QUEUE_TIMEOUT", "DRAINING", "ENGINE_DOWN")
 CANCELLED_BY = {"CANCELLED": "client", "DEADLINE_EXCEEDED": "deadline", "SLOW_READER": "slow_reader"}
 PHASES = ("queued", "running")
-LOAD_RESULTS = ("ok", "error")
 LEVELS = ("device", "host")
 
 
@@ -44,7 +43,9 @@ class Families:
             "prompt_tokens_total", "Tokens prefilled, those computed again after a preemption included."
         )
         self.generated_tokens = _counter("generated_tokens_total", "Tokens sampled.")
-        self.adapter_loads = _counter("adapter_loads_total", "Adapter loads, by result: ok or error.", ("result",))
+        self.adapter_loads = _counter(
+            "adapter_loads_total", "Adapter loads, by result: ok, or error and its reason.", ("result", "reason")
+        )
         self.adapter_evictions = _counter(
             "adapter_evictions_total", "Idle adapters that made room for others, by the level they left.", ("level",)
         )
@@ -93,7 +94,7 @@ class Families:
         )
         self.adapter_load_duration = _histogram(
             "adapter_load_duration_seconds",
-            "From asking for an adapter to it being servable, failed loads included.",
+            "From asking for an adapter to it being servable.",
             _LATENCY_BUCKETS_SECONDS,
         )
 
@@ -112,8 +113,7 @@ class Families:
         for phase in PHASES:
             for by in CANCELLED_BY.values():
                 self.cancelled.labels(phase, by)
-        for result in LOAD_RESULTS:
-            self.adapter_loads.labels(result)
+        self.adapter_loads.labels("ok", "")
         for level in LEVELS:
             self.adapter_evictions.labels(level)
 

@@ -21,9 +21,10 @@ from lorasrv.metrics.state import ServerState, state_families
 
 
 class ServerMetrics(Collector):
-    """The metrics of one server, in a registry of its own; implements `lorasrv.engine.observer.EngineObserver`.
+    """The metrics of one server, in a registry of its own.
 
-    Every method may be called from any thread.
+    Implements `lorasrv.engine.observer.EngineObserver`, `lorasrv.rpc.ports.CallObserver` and
+    `lorasrv_adapters.registry.AdapterObserver`. Every method may be called from any thread.
 
     Args:
         registry: where to register; None makes a new registry.
@@ -111,12 +112,19 @@ class ServerMetrics(Collector):
         self._families.requests.labels(method, code, finish_reason).inc()
 
     def adapter_load_finished(self, *, result: str, duration_seconds: float) -> None:
-        """Counts a load; `result` is "ok" or "error"."""
-        self._families.adapter_loads.labels(result).inc()
-        self._families.adapter_load_duration.observe(duration_seconds)
+        """Ignored: the registry tells of loads, of those at start, too."""
 
-    def adapter_evicted(self, *, level: str) -> None:
-        """Counts an idle adapter that made room for another; `level` is "device" or "host"."""
+    def adapter_loaded(self, record: object, seconds: float) -> None:  # noqa: ARG002
+        """Counts a load that ended well after this time."""
+        self._families.adapter_loads.labels("ok", "").inc()
+        self._families.adapter_load_duration.observe(seconds)
+
+    def adapter_load_failed(self, reason: str) -> None:
+        """Counts a load that failed; `reason` is `AdapterError.reason`."""
+        self._families.adapter_loads.labels("error", reason).inc()
+
+    def adapter_evicted(self, level: str) -> None:
+        """Counts an idle adapter that lost its place on "device" or "host"."""
         self._families.adapter_evictions.labels(level).inc()
 
     def adapter_unloaded(self, adapter_id: str) -> None:

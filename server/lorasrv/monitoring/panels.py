@@ -156,7 +156,7 @@ _ADAPTERS = (
         description="Adapters loaded or refused, and idle ones that made room. Steady evictions: too few slots.",
         unit="ops",
         queries=(
-            (_rate("adapter_loads_total", "result"), "load {{result}}"),
+            (_rate("adapter_loads_total", "result", "reason"), "load {{result}} {{reason}}"),
             (_rate("adapter_evictions_total", "level"), "evicted from {{level}}"),
         ),
     ),

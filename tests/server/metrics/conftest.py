@@ -87,6 +87,7 @@ def exercised(metrics) -> ServerMetrics:
     metrics.request_finished(request_stats(error_reason="CANCELLED", finish_reason="", phase="queued"))
     metrics.request_rejected("QUEUE_FULL")
     metrics.call_finished(method="Generate", code="OK", finish_reason="stop")
-    metrics.adapter_load_finished(result="ok", duration_seconds=0.7)
-    metrics.adapter_evicted(level="device")
+    metrics.adapter_loaded(object(), 0.7)
+    metrics.adapter_load_failed("ADAPTER_CORRUPT")
+    metrics.adapter_evicted("device")
     return metrics

@@ -1,5 +1,6 @@
 """What the metrics say after something happened."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from lorasrv.engine.observer import EngineObserver, EngineStats
 from lorasrv.metrics import ServerMetrics
 from lorasrv.rpc.ports import CallObserver
+from lorasrv_adapters.registry import AdapterObserver
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -28,11 +30,23 @@ def adapter_requests(metrics: ServerMetrics) -> dict[str, float]:
     return {dict(labels)["adapter_id"]: count for labels, count in series(metrics, "adapter_requests_total").items()}
 
 
-def test_is_what_the_engine_and_the_service_call(metrics):
-    engine: EngineObserver = metrics
-    calls: CallObserver = metrics
-    engine.state_changed(EngineStats())
-    calls.adapter_unloaded("never-loaded")
+@pytest.mark.parametrize("observer", [EngineObserver, CallObserver, AdapterObserver])
+def test_is_what_the_other_parts_call(metrics, observer):
+    names = [name for name in vars(observer) if not name.startswith("_")]
+    assert names
+    for name in names:
+        parameters = inspect.signature(getattr(observer, name)).parameters.values()
+        expected = [(parameter.name, parameter.kind) for parameter in parameters if parameter.name != "self"]
+        ours = inspect.signature(getattr(metrics, name)).parameters.values()
+        assert [(parameter.name, parameter.kind) for parameter in ours] == expected, name
+
+
+def test_pushed_state_changes_nothing(metrics):
+    before = generate_latest(metrics.registry)
+    metrics.state_changed(EngineStats(num_running=5))
+    # the registry tells of loads; the service would count some of them twice
+    metrics.adapter_load_finished(result="ok", duration_seconds=1.0)
+    assert generate_latest(metrics.registry) == before
 
 
 def test_counts_a_step(metrics, step):
@@ -91,12 +105,13 @@ def test_a_request_that_waited_too_long_was_rejected(metrics, request_ended):
 def test_counts_calls_and_adapter_events(metrics):
     metrics.call_finished(method="Generate", code="OK", finish_reason="eos")
     metrics.call_finished(method="Generate", code="NOT_FOUND")
-    metrics.adapter_load_finished(result="error", duration_seconds=0.5)
-    metrics.adapter_evicted(level="host")
+    metrics.adapter_loaded(object(), 0.5)
+    metrics.adapter_load_failed("ADAPTER_CORRUPT")
+    metrics.adapter_evicted("host")
     assert value(metrics, "requests_total", method="Generate", code="OK", finish_reason="eos") == 1
     assert value(metrics, "requests_total", method="Generate", code="NOT_FOUND", finish_reason="") == 1
-    assert value(metrics, "adapter_loads_total", result="error") == 1
-    assert value(metrics, "adapter_loads_total", result="ok") == 0
+    assert value(metrics, "adapter_loads_total", result="ok", reason="") == 1
+    assert value(metrics, "adapter_loads_total", result="error", reason="ADAPTER_CORRUPT") == 1
     assert value(metrics, "adapter_load_duration_seconds_sum") == 0.5
     assert value(metrics, "adapter_evictions_total", level="host") == 1
 

@@ -31,3 +31,13 @@ def test_is_exact_while_everything_fits():
     sketch.remove("a")
     assert sketch.add("c", 1) is None
     assert sketch.lower_bound("a") == 0
+
+
+def test_a_newcomer_inherits_the_weight_of_the_one_it_displaces():
+    sketch = SpaceSaving(2)
+    sketch.add("a", 5)
+    sketch.add("b", 4)
+    assert sketch.add("c", 2) == "b"
+    # "c" may weigh up to 6 now, of which 2 are certain, so "a" is the lightest
+    assert sketch.lower_bound("c") == 2
+    assert sketch.add("d", 1) == "a"
