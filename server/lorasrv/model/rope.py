@@ -7,7 +7,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+RopeKind = Literal["default", "linear", "llama3"]
 
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 _KEYS = {
@@ -21,7 +23,7 @@ _KEYS = {
 class RopeConfig:
     """How positions become angles. `factor` and what follows it matter only for the kinds that use them."""
 
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: RopeKind = "default"
     theta: float = 10000.0
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -56,7 +58,8 @@ def parse_rope(raw: Mapping[str, Any], *, max_position_embeddings: int, reasons:
     theta = float(numbers.pop("rope_theta", 10000.0))
     original = int(numbers.pop("original_max_position_embeddings", 8192))
     factors = {key: float(value) for key, value in numbers.items()}
-    return RopeConfig(kind=kind, theta=theta, original_max_position_embeddings=original, **factors)
+    known = cast(RopeKind, kind)
+    return RopeConfig(kind=known, theta=theta, original_max_position_embeddings=original, **factors)
 
 
 def _check_keys(kind: str, values: Mapping[str, Any], reasons: list[str]) -> None:

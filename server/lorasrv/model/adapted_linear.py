@@ -1,0 +1,75 @@
+"""A group of linear layers over one input, computed as one product, with every row's adapter on top.
+
+Knows weights and where the adapters' rank rows are found; does not know which method an adapter used.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from lorasrv_kernels.dense import dense_linear
+from lorasrv_kernels.lora import lora_apply_
+from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear
+from torch import Tensor
+
+from lorasrv.model.batch import StepBatch
+
+Weight = NF4Weight | Tensor
+"""[O, I], as it is kept: 4 bits, or the dtype of the model."""
+
+
+class AdaptedLinear:
+    """G modules that share their input, e.g. the query, key and value projections.
+
+    Attributes:
+        out_features: the width of each module, in order.
+    """
+
+    def __init__(self, weights: Sequence[Weight], *, first_module: int) -> None:
+        """Takes one weight [O, I] per module, each quantized on its own; they are stored as one where they are alike.
+
+        Args:
+            weights: of one I.
+            first_module: place of the first module in the model's module order.
+        """
+        self.out_features = tuple(weight.shape[0] for weight in weights)
+        self._modules = slice(first_module, first_module + len(weights))
+        self._parts = _fuse(weights)
+
+    def forward(self, x: Tensor, batch: StepBatch) -> Tensor:
+        """x: [T, I]. Returns a new contiguous [T, sum of out_features]."""
+        products = [_product(x, part) for part in self._parts]
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        if batch.slots.num_entries:
+            table = batch.table[:, self._modules]
+            lora_apply_(y, x, batch.arena, table, out_features=self.out_features, slots=batch.slots)
+        return y
+
+    def weight(self, index: int) -> Weight:
+        """The weight of one module, a view of what is stored."""
+        if len(self._parts) == len(self.out_features):
+            return self._parts[index]
+        fused = self._parts[0]
+        if isinstance(fused, NF4Weight):
+            return fused.slice(index)
+        return fused.split(self.out_features)[index]
+
+
+def weight_rows(weight: Weight, start: int, stop: int, *, dtype: torch.dtype) -> Tensor:
+    """Rows `start` to `stop` of a weight as they meet activations of `dtype`: a new [stop - start, I] in float32."""
+    if isinstance(weight, NF4Weight):
+        return dequantize(weight, start_row=start, stop_row=stop, dtype=dtype).float()
+    return weight[start:stop].to(torch.float32, copy=True)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    return nf4_linear(x, weight) if isinstance(weight, NF4Weight) else dense_linear(x, weight)
+
+
+def _fuse(weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    quantized = [weight for weight in weights if isinstance(weight, NF4Weight)]
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(weights) > 1 and len(quantized) == len(weights):
+        return (NF4Weight.concatenate(quantized),)
+    if len(weights) > 1 and len(dense) == len(weights):
+        return (torch.cat(dense),)
+    return tuple(weights)

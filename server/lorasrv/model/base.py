@@ -1,0 +1,62 @@
+"""The base as adapters see it: which modules there are, their weights as served, and what identifies them all."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+import torch
+from lorasrv_kernels.nf4 import NF4Weight
+from torch import Tensor
+
+from lorasrv.model.adapted_linear import Weight, weight_rows
+from lorasrv.model.tensors import MODULES
+
+
+class ServedBase:
+    """What `lorasrv_adapters.normalize` asks of a base. Read-only; any thread may use it.
+
+    Attributes:
+        modules: name -> (O, I) of every linear an adapter may target, in module order.
+    """
+
+    def __init__(
+        self, identity: str, stored: Callable[[], Iterator[tuple[str, Weight]]], *, dtype: torch.dtype
+    ) -> None:
+        """Takes the canonical config, a way to walk over all stored tensors in a fixed order, and the model's dtype."""
+        self._identity = f"{identity} {dtype}"
+        self._dtype = dtype
+        self._stored = stored
+        self._weights = {
+            name.removesuffix(".weight"): weight
+            for name, weight in stored()
+            if name.removesuffix(".weight").endswith(MODULES)
+        }
+        self.modules: Mapping[str, tuple[int, int]] = {
+            name: (weight.shape[0], weight.shape[1]) for name, weight in self._weights.items()
+        }
+
+    def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a module's weight as it is served, rounded to the model's dtype: a new [stop - start, I] float32.
+
+        Raises:
+            KeyError: there is no such module.
+        """
+        return weight_rows(self._weights[name], start, stop, dtype=self._dtype)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over config and all stored tensors, 64 hex digits. Blocks: the first use reads the whole model."""
+        digest = hashlib.sha256(self._identity.encode())
+        for name, weight in self._stored():
+            digest.update(f"\n{name} {tuple(weight.shape)} ".encode())
+            for tensor in _storage(weight):
+                digest.update(f"{tensor.dtype} {tensor.numel()} ".encode())
+                # reinterpreted, since numpy knows no bfloat16
+                digest.update(memoryview(tensor.contiguous().view(torch.uint8).cpu().numpy()))
+        return digest.hexdigest()
+
+
+def _storage(weight: Weight) -> tuple[Tensor, ...]:
+    if isinstance(weight, NF4Weight):
+        return (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+    return (weight.reshape(-1),)

@@ -1,0 +1,124 @@
+"""Llama 2 and 3.x over a flat batch of token rows from any number of sequences, each row with its own adapter.
+
+Knows the model; does not know requests, scheduling or sampling, nor which method an adapter used.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from lorasrv_kernels.dense import dense_linear
+from lorasrv_kernels.nf4 import NF4Weight
+from torch import Tensor
+
+from lorasrv.model.adapted_linear import AdaptedLinear, Weight
+from lorasrv.model.attention import LlamaAttention
+from lorasrv.model.base import ServedBase
+from lorasrv.model.batch import StepBatch
+from lorasrv.model.config import ModelConfig
+from lorasrv.model.layers import RMSNorm, RotaryTable, silu_mul
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix
+
+
+class DecoderLayer:
+    """One decoder layer: attention, then the gated feed-forward part, each behind its norm."""
+
+    def __init__(
+        self, config: ModelConfig, *, norms: tuple[Tensor, Tensor], weights: Sequence[Weight], layer: int
+    ) -> None:
+        """Takes the weights in the order of `lorasrv.model.tensors.MODULES`."""
+        first = layer * len(MODULES)
+        self.input_norm, self.post_attention_norm = (RMSNorm(norm, epsilon=config.rms_norm_eps) for norm in norms)
+        qkv = AdaptedLinear(weights[:3], first_module=first)
+        output = AdaptedLinear(weights[3:4], first_module=first + 3)
+        self.attention = LlamaAttention(config, qkv=qkv, output=output, layer=layer)
+        self.gate_up = AdaptedLinear(weights[4:6], first_module=first + 4)
+        self.down = AdaptedLinear(weights[6:], first_module=first + 6)
+
+    def forward(self, x: Tensor, angles: Tensor, batch: StepBatch) -> Tensor:
+        """x: [T, I], changed in place; angles: [T, 1, D]. Returns x."""
+        x += self.attention.forward(self.input_norm.forward(x), angles, batch)
+        gate, up = self.gate_up.forward(self.post_attention_norm.forward(x), batch).chunk(2, dim=1)
+        x += self.down.forward(silu_mul(gate, up), batch)
+        return x
+
+    def groups(self) -> tuple[AdaptedLinear, ...]:
+        """The products of this layer, in module order."""
+        return (self.attention.qkv, self.attention.output, self.gate_up, self.down)
+
+
+class LlamaModel:
+    """The base model; read-only after loading.
+
+    Attributes:
+        config: what its `config.json` says.
+        dtype: of embeddings, norms, head, activations and cache.
+        base: what adapters need to know of it.
+        module_order: names of the modules adapters may target; row m of an adapter's table is the m-th.
+        max_positions: positions it can serve.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: Tensor,
+        head: Tensor | None,
+        max_positions: int,
+    ) -> None:
+        """Takes embedding [V, I], final norm [I] and output head [V, I] (None: the embedding) in the model's dtype."""
+        self.config = config
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.max_positions = max_positions
+        self._embedding = embedding
+        self._layers = tuple(layers)
+        self._final_norm = RMSNorm(final_norm, epsilon=config.rms_norm_eps)
+        self._head = embedding if head is None else head
+        self._rotary = RotaryTable(
+            config.rope, head_size=config.head_size, num_positions=max_positions, device=embedding.device
+        )
+        self.base = ServedBase(config.identity(), self.stored, dtype=self.dtype)
+        self.module_order = tuple(self.base.modules)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, batch: StepBatch) -> Tensor:
+        """Runs one step and writes its keys and values into the cache.
+
+        Args:
+            tokens: [T] int64, on the model's device.
+            batch: describes the same T rows.
+
+        Returns:
+            [T, I] after the final norm, in the dtype of the model; every row independent of the others, bit for bit.
+        """
+        x = self._embedding.index_select(0, tokens)
+        angles = self._rotary.lookup(batch.positions)
+        for layer in self._layers:
+            x = layer.forward(x, angles, batch)
+        return self._final_norm.forward(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [N, I], rows of `forward`'s result. Returns [N, V] float32, row by row independent."""
+        return dense_linear(hidden, self._head).float()
+
+    def stored(self) -> Iterator[tuple[str, Weight]]:
+        """Every stored tensor under its name in a checkpoint, in a fixed order; a tied head is not repeated."""
+        yield EMBEDDING, self._embedding
+        for index, layer in enumerate(self._layers):
+            prefix = layer_prefix(index)
+            for name, norm in zip(NORMS, (layer.input_norm, layer.post_attention_norm), strict=True):
+                yield f"{prefix}.{name}.weight", norm.weight
+            weights = [group.weight(place) for group in layer.groups() for place in range(len(group.out_features))]
+            for module, weight in zip(MODULES, weights, strict=True):
+                yield f"{prefix}.{module}.weight", weight
+        yield FINAL_NORM, self._final_norm.weight
+        if self._head is not self._embedding:
+            yield HEAD, self._head
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(weight.num_bytes if isinstance(weight, NF4Weight) else weight.nbytes for _, weight in self.stored())

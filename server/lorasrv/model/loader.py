@@ -1,0 +1,129 @@
+"""From a folder of safetensors to a served model: checked as a whole first, then read one decoder layer at a time.
+
+Linear layers are quantized from the memory map in chunks of rows; no wide copy of the base is ever made. Knows file
+layouts; does not know where the folder came from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lorasrv_kernels.errors import KernelError
+from lorasrv_kernels.nf4 import quantize
+from torch import Tensor
+
+from lorasrv.errors import ModelLoadError
+from lorasrv.model import prequantized
+from lorasrv.model.adapted_linear import Weight
+from lorasrv.model.checkpoint import Checkpoint
+from lorasrv.model.config import ModelConfig, read_model_config
+from lorasrv.model.llama import DecoderLayer, LlamaModel
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix, linear_shapes, wide_shapes
+
+_FLOATS = ("F32", "F16", "BF16")
+# old checkpoints store what is computed from the config
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
+def load_model(
+    source: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: bool = True,
+    max_positions: int | None = None,
+) -> LlamaModel:
+    """Loads a model folder; blocks, for large models for minutes.
+
+    Args:
+        source: folder with `config.json` and safetensors files, 16 or 32 bit or quantized by bitsandbytes.
+        dtype: of everything that is not quantized, and of the activations.
+        device: where the model is kept.
+        quantize: hold the linear layers of a 16 or 32 bit checkpoint in NF4; a prequantized one stays as it is.
+        max_positions: positions to serve; the model's own limit by default, and at most.
+
+    Raises:
+        ModelLoadError: the folder cannot be served; lists everything that is wrong.
+    """
+    config = read_model_config(source)
+    with Checkpoint(source) as checkpoint:
+        _check(checkpoint, config)
+        reader = _Reader(checkpoint, dtype=dtype, device=torch.device(device), quantize=quantize)
+        layers = [reader.layer(config, index) for index in range(config.num_layers)]
+        return LlamaModel(
+            config,
+            embedding=reader.wide(EMBEDDING),
+            layers=layers,
+            final_norm=reader.wide(FINAL_NORM),
+            head=None if config.tie_word_embeddings else reader.wide(HEAD),
+            max_positions=min(max_positions or config.max_position_embeddings, config.max_position_embeddings),
+        )
+
+
+class _Reader:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantize: bool) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._quantize = quantize
+
+    def layer(self, config: ModelConfig, index: int) -> DecoderLayer:
+        prefix = layer_prefix(index)
+        first, second = (self.wide(f"{prefix}.{norm}.weight") for norm in NORMS)
+        weights = [self.linear(f"{prefix}.{module}.weight") for module in MODULES]
+        return DecoderLayer(config, norms=(first, second), weights=weights, layer=index)
+
+    def wide(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype, copy=True)
+
+    def linear(self, name: str) -> Weight:
+        if prequantized.is_quantized(self._checkpoint, name):
+            return prequantized.read(self._checkpoint, name).to(self._device)
+        if not self._quantize:
+            return self.wide(name)
+        try:
+            return quantize(self._checkpoint.tensor(name)).to(self._device)
+        except KernelError as error:
+            raise ModelLoadError([f"tensor {name}: {error}"]) from error
+
+
+def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Compares the tensors that are there with those the config asks for.
+
+    Raises:
+        ModelLoadError: names every missing, extra, misshapen or mistyped tensor.
+    """
+    reasons: list[str] = []
+    linears = linear_shapes(config)
+    used: set[str] = set()
+    for name, shape in linears.items():
+        if prequantized.is_quantized(checkpoint, name):
+            used |= prequantized.check(checkpoint, name, shape, reasons)
+        else:
+            used |= _check_wide(checkpoint, name, shape, reasons)
+    for name, wide_shape in wide_shapes(config).items():
+        used |= _check_wide(checkpoint, name, wide_shape, reasons)
+    extra = [name for name in checkpoint.shapes if name not in used and not name.endswith(_COMPUTED)]
+    if config.tie_word_embeddings and HEAD in extra and EMBEDDING in checkpoint.shapes:
+        extra.remove(HEAD)
+        if not _same(checkpoint, HEAD, EMBEDDING):
+            reasons.append(f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+    reasons.extend(f"tensor {name} is not part of the model config.json describes" for name in sorted(extra))
+    if reasons:
+        raise ModelLoadError(reasons)
+
+
+def _check_wide(checkpoint: Checkpoint, name: str, shape: Sequence[int], reasons: list[str]) -> set[str]:
+    if name not in checkpoint.shapes:
+        reasons.append(f"tensor {name} {list(shape)} is missing")
+    elif checkpoint.shapes[name] != tuple(shape):
+        reasons.append(f"tensor {name} must be {list(shape)}, got {list(checkpoint.shapes[name])}")
+    elif checkpoint.dtypes[name] not in _FLOATS:
+        reasons.append(f"tensor {name} must be one of {', '.join(_FLOATS)}, got {checkpoint.dtypes[name]}")
+    return {name}
+
+
+def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    return checkpoint.shapes[name] == checkpoint.shapes[other] and torch.equal(
+        checkpoint.tensor(name), checkpoint.tensor(other)
+    )
