@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasrv_kernels.dense.op import check_out
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.nf4 import reference
+from lorasrv_kernels.nf4 import native, reference
 from lorasrv_kernels.nf4.container import check_storage
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, int[] out_features"
@@ -17,6 +17,12 @@ _library.define(f"nf4_dequantize_({_STORAGE}, int in_features, int start_row, Te
 _library.define(f"nf4_linear_(Tensor x, {_STORAGE}, Tensor(a!) out) -> ()")
 _library.define(f"nf4_linear(Tensor x, {_STORAGE}) -> Tensor")
 _library.define(f"nf4_linear_grad(Tensor grad, {_STORAGE}, int in_features) -> Tensor")
+
+# through the dispatcher, so that linear layers gain from every device's own version
+_dequantize_op = torch.ops.lorasrv.nf4_dequantize_.default
+
+# through the dispatcher, so that linear layers gain from every device's own version
+_dequantize_op = torch.ops.lorasrv.nf4_dequantize_.default
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What weights are dequantized to."""
@@ -80,6 +86,21 @@ def _nf4_dequantize_(
     reference.dequantize_(packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out)
 
 
+def _nf4_dequantize_cpu_(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+    start_row: int,
+    out: Tensor,
+) -> None:
+    check_dequantize(packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out)
+    if not native.dequantize_(packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out):
+        reference.dequantize_(packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out)
+
+
 def _nf4_linear_(
     x: Tensor,
     packed: Tensor,
@@ -90,14 +111,18 @@ def _nf4_linear_(
     out: Tensor,
 ) -> None:
     check_linear(x, packed, absmax, nested_absmax, offset, out_features, out)
-    reference.linear_by_panels_(x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out)
+    reference.linear_by_panels_(
+        x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
+    )
 
 
 def _nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out_features: Sequence[int]
 ) -> Tensor:
     out = _linear_shape(x, packed, absmax, nested_absmax, offset, out_features)
-    reference.linear_by_panels_(x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out)
+    reference.linear_by_panels_(
+        x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
+    )
     return out
 
 
@@ -110,7 +135,9 @@ def _nf4_linear_grad(
     out_features: Sequence[int],
     in_features: int,
 ) -> Tensor:
-    return reference.linear_grad_by_panels(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
+    return reference.linear_grad_by_panels(
+        grad, packed, absmax, nested_absmax, offset, out_features, in_features, dequantize=_dequantize_op
+    )
 
 
 def _linear_shape(
@@ -148,6 +175,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, 
 
 
 _library.impl("nf4_dequantize_", _nf4_dequantize_, "CompositeExplicitAutograd")
+_library.impl("nf4_dequantize_", _nf4_dequantize_cpu_, "CPU")
 _library.impl("nf4_dequantize_", check_dequantize, "Meta")
 _library.impl("nf4_linear_", _nf4_linear_, "CompositeExplicitAutograd")
 _library.impl("nf4_linear_", check_linear, "Meta")
