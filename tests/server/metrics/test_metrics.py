@@ -227,3 +227,11 @@ def test_needs_no_torch(tmp_path):
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, capture_output=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_series_known_beforehand_begin_at_zero(metrics):
+    assert value(metrics, "adapter_loads_total", result="ok", reason="") == 0
+    assert value(metrics, "adapter_evictions_total", level="host") == 0
+    assert value(metrics, "requests_rejected_total", reason="QUEUE_FULL") == 0
+    assert value(metrics, "requests_cancelled_total", phase="running", by="deadline") == 0
+    assert value(metrics, "time_to_first_token_seconds_count", adapted="false") == 0
