@@ -74,10 +74,10 @@ def resolve(
     return config_class(**values)
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` if a known word is close, else nothing."""
+def suggestion(word: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean ...?` if a known word is close, else nothing; `prefix` is put before the word proposed."""
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _from_file(settings: Iterable[Setting], path: Path, reasons: list[str]) -> dict[str, object]:
@@ -118,7 +118,8 @@ def _from_environment(
         if name in by_variable:
             _read(by_variable[name], value, f"environment: {name}", values, reasons)
         elif name not in others:
-            hint = suggestion(name, {*by_variable, *others})
+            known = {variable.removeprefix(_PREFIX) for variable in (*by_variable, *others)}
+            hint = suggestion(name.removeprefix(_PREFIX), known, prefix=_PREFIX)
             reasons.append(f"environment: unknown variable {name}{hint}")
     return values
 
