@@ -141,4 +141,4 @@ def bind(server: aio.Server, *, host: str, port: int, insecure: bool = False) ->
     try:
         return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError([f"cannot listen on {address}: is the port in use?"]) from error
+        raise ConfigError([f"cannot listen on {address}; is the port in use?"]) from error
