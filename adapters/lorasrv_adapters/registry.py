@@ -191,6 +191,7 @@ class AdapterRegistry:
             AdapterError: The image was evicted, and reading it again failed.
         """
         adapter_id, digest_prefix = parse_reference(reference)
+        evicted: Sequence[str] = ()
         with self._lock:
             version = self._find(adapter_id, digest_prefix)
             version.num_users += 1

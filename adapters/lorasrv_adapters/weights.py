@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -139,12 +139,17 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         yield file
 
 
+def pickle_hint(names: Collection[str]) -> str:
+    """Return what to do about the first pickled weights among file names, or an empty string without any."""
+    pickled = next((name for name in PICKLE_NAMES if name in names), "")
+    return (
+        f"{pickled} is a pickle, which can run code; write it as safetensors with `lorasrv convert`" if pickled else ""
+    )
+
+
 def _refuse_missing(folder: Path) -> None:
-    pickled = [name for name in PICKLE_NAMES if (folder / name).exists()]
-    if pickled:
-        raise AdapterIncompatibleError(
-            [f"{pickled[0]} is a pickle, which can run code; write it as safetensors with `lorasrv convert`"]
-        )
+    if hint := pickle_hint({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
+        raise AdapterIncompatibleError([hint])
     raise SourceNotFoundError(str(folder), f"there is no {WEIGHTS_NAME}")
 
 

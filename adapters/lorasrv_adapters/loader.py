@@ -1,0 +1,67 @@
+"""From a source to an image: resolve, read, check, normalize, pack.
+
+It knows a base by its interface, and the limits of the device it packs for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasrv_adapters.checkpoint import read_checkpoint
+from lorasrv_adapters.errors import AdapterIncompatibleError
+from lorasrv_adapters.hub import HubSource
+from lorasrv_adapters.image import pack_image
+from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter
+from lorasrv_adapters.records import LoadedAdapter, RankSummary
+from lorasrv_adapters.source import resolve
+from lorasrv_adapters.weights import WeightLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLoader:
+    """Loads PEFT folders for one base; implements `records.AdapterLoader`.
+
+    Attributes:
+        base: The base as served.
+        dtype: The arena's dtype.
+        max_rank: Largest rank the kernels' scratch has room for.
+        roots: Folders below which adapters may lie.
+        hub: The Hub and what is allowed from it; None: nothing is.
+        limits: What a weights file may ask for.
+    """
+
+    base: BaseModules
+    dtype: torch.dtype
+    max_rank: int
+    roots: Sequence[Path]
+    hub: HubSource | None = None
+    limits: WeightLimits = WeightLimits()
+
+    def load(self, source: str) -> LoadedAdapter:
+        """Read, check and pack the adapter; blocks; any thread.
+
+        Raises:
+            AdapterError: It cannot be found, read or served.
+        """
+        folder = resolve(source, roots=self.roots, hub=self.hub)
+        adapter = read_checkpoint(folder, self.base, limits=self.limits)
+        self._check_ranks(adapter)
+        ranks = adapter.ranks.values()
+        return LoadedAdapter(
+            digest=adapter.digest,
+            kind=adapter.kind,
+            ranks=RankSummary(min=min(ranks), max=max(ranks), sum=sum(ranks)),
+            num_modules=len(adapter.modules),
+            image=pack_image(adapter, tuple(self.base.modules), self.dtype),
+        )
+
+    def _check_ranks(self, adapter: NormalizedAdapter) -> None:
+        too_large = [
+            f"{name}: rank {rank} exceeds the server's limit of {self.max_rank}"
+            for name, rank in adapter.ranks.items()
+            if rank > self.max_rank
+        ]
+        if too_large:
+            raise AdapterIncompatibleError(too_large)
