@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from grpc import aio
 from lorasrv.engine.observer import EngineStats
 from lorasrv.engine.request import Finish, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
-from lorasrv.errors import DrainingError
+from lorasrv.errors import DrainingError, EngineDownError
 from lorasrv.rpc.adapters import AdapterServicer
 from lorasrv.rpc.convert.generation import RequestLimits
 from lorasrv.rpc.convert.server import ServerFacts
 from lorasrv.rpc.generation import GenerationServicer
 from lorasrv.rpc.server import Health, ServerServicer, Servicers, bind, build_server
 from lorasrv.rpc.streams import OutputStreams
-from lorasrv_adapters.errors import AdapterInUseError, AdapterNotFoundError
+from lorasrv_adapters.errors import AdapterExistsError, AdapterInUseError, AdapterNotFoundError
 from lorasrv_proto.v1.adapters_pb2_grpc import AdapterServiceStub
 from lorasrv_proto.v1.generation_pb2_grpc import GenerationServiceStub
 from lorasrv_proto.v1.server_pb2_grpc import ServerServiceStub
@@ -90,6 +90,9 @@ class FakeRegistry:
         if self.error is not None:
             raise self.error
         digest = (expected_digest or "cd").ljust(64, "0")
+        if adapter_id in self.records and not replace:
+            served = self.records[adapter_id].digest
+            raise AdapterExistsError(adapter_id, served_digest=served, new_digest=digest)
         self.records[adapter_id] = FakeRecord(adapter_id=adapter_id, source=source, digest=digest)
         self.loaded.set()
         return self.records[adapter_id]
@@ -123,7 +126,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.submitted: asyncio.Queue[Request] = asyncio.Queue()
         self.cancelled: asyncio.Queue[str] = asyncio.Queue()
-        self.on_outputs: Callable[[Sequence[RequestOutput]], None] = lambda outputs: None
+        self.on_outputs: Callable[[Sequence[RequestOutput]], None] = lambda _: None
         self.is_draining = False
         self.is_closed = False
         self.is_idle = threading.Event()
@@ -163,7 +166,8 @@ class FakeEngine:
 
     def close(self) -> None:
         self.is_closed = True
-        self.is_idle.set()
+        for request_id in list(self.live):
+            self.emit(RequestOutput(request_id=request_id, error=EngineDownError()))
 
     def _end(self, request_id: str) -> None:
         if lease := self.live.pop(request_id).lease:
