@@ -29,6 +29,7 @@ MODULES = {
     "grpcio": "grpc",
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
+    "grpcio-status": "grpc_status",
     "import-linter": "importlinter",
     "protobuf": "google.protobuf",
     "pyyaml": "yaml",
