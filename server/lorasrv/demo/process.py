@@ -3,14 +3,14 @@
 It knows nothing of what the server serves.
 """
 
-import ctypes
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
@@ -21,7 +21,13 @@ _LISTENING = re.compile(r"listening on (\S+:\d+)")
 _NUM_TAIL_LINES = 20
 _START_TIMEOUT_SECONDS = 300.0
 _STOP_TIMEOUT_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
+_ASK_AND_BECOME = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ServerProcess:
@@ -53,7 +59,7 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            self._command,
+            _ending_with_parent(self._command),
             env=self._environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -62,7 +68,6 @@ class ServerProcess:
             errors="replace",
             # its end is this process's business, not that of a Ctrl-C in the terminal
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
         )
         self._reader = threading.Thread(target=self._read_log, name="demo-server-log", daemon=True)
         self._reader.start()
@@ -142,10 +147,12 @@ def signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """For the child: be terminated when the parent is killed and can no longer do it. Linux only."""
+def _ending_with_parent(command: Sequence[str]) -> list[str]:
+    """The command, told by the kernel to end when this process is killed and can no longer do it. Linux only.
+
+    A program that asks for it and then becomes the command: a function run after the fork would be simpler, but a
+    fork of a process with threads may run none safely.
+    """
     if not sys.platform.startswith("linux"):
-        return None
-    # found before the fork: after it, only what cannot block is safe
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM)) and None
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _ASK_AND_BECOME, str(os.getpid()), *command]

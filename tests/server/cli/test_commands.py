@@ -81,9 +81,7 @@ def test_generate_reads_the_prompt_from_stdin(lorasrv, server, monkeypatch):
         ("INTERNAL", "INTERNAL", 1),
     ],
 )
-@pytest.mark.parametrize(
-    "argv", [["generate", "x"], ["adapters", "load", "a=/x"], ["adapters", "ls", "--json"]], ids=str
-)
+@pytest.mark.parametrize("argv", ["generate x", "adapters load a=/x", "adapters ls --json"])
 def test_refusals_end_in_their_status(lorasrv, server, fake, argv, code, reason, status):
     # without pushback the client would wait before it tries an overloaded server again
     server.refusals.append(fake.Refusal(getattr(fake.grpc.StatusCode, code), "the text", reason, pushback_ms=-1))
