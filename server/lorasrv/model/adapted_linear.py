@@ -51,7 +51,8 @@ class AdaptedLinear:
         fused = self._parts[0]
         if isinstance(fused, NF4Weight):
             return fused.slice(index)
-        return fused.split(self.out_features)[index]
+        views: tuple[Tensor, ...] = fused.split(self.out_features)
+        return views[index]
 
 
 def weight_rows(weight: Weight, start: int, stop: int, *, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class ServedBase:
             for tensor in _storage(weight):
                 digest.update(f"{tensor.dtype} {tensor.numel()} ".encode())
                 # reinterpreted, since numpy knows no bfloat16
-                digest.update(memoryview(tensor.contiguous().view(torch.uint8).cpu().numpy()))
+                digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
         return digest.hexdigest()
 
 

@@ -61,7 +61,7 @@ class Checkpoint:
 
     def _open(self, path: Path, reasons: list[str]) -> None:
         try:
-            file = safe_open(path, framework="pt", device="cpu")
+            file: Any = safe_open(path, framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
             reasons.append(f"{path.name} cannot be read: {error}")
             return

@@ -71,13 +71,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     stored_dtype: str
     """Name of the dtype the checkpoint claims, e.g. "bfloat16"."""
-    prequantized: bool
-    """Whether the checkpoint holds tensors that bitsandbytes quantized."""
 
     def identity(self) -> str:
         """Canonical JSON of what changes a logit; part of the base's digest."""
         values = asdict(self)
-        for key in ("bos_id", "eos_ids", "stored_dtype", "prequantized"):
+        for key in ("bos_id", "eos_ids", "stored_dtype"):
             del values[key]
         return json.dumps(values, sort_keys=True)
 
@@ -115,7 +113,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     epsilon = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(epsilon, int | float):
         reasons.append(f"rms_norm_eps must be a number, got {json.dumps(epsilon)}")
-    prequantized = _check_quantization(raw.get("quantization_config"), reasons)
+    _check_quantization(raw.get("quantization_config"), reasons)
     bos_ids = parse_token_ids("bos_token_id", raw.get("bos_token_id"), reasons)
     eos_ids = parse_token_ids("eos_token_id", raw.get("eos_token_id"), reasons)
     if reasons:
@@ -135,7 +133,6 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=eos_ids,
         stored_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        prequantized=prequantized,
     )
 
 
@@ -196,18 +193,16 @@ def _size(raw: Mapping[str, Any], key: str, reasons: list[str], *, default: int 
     return value
 
 
-def _check_quantization(raw: object, reasons: list[str]) -> bool:
-    """Whether the checkpoint is bitsandbytes NF4, double quantized; any other quantization is named in `reasons`."""
+def _check_quantization(raw: object, reasons: list[str]) -> None:
+    """Names any quantization but double quantized NF4 of bitsandbytes; the tensors are checked when they are read."""
     if not raw:
-        return False
+        return
     if not isinstance(raw, Mapping) or raw.get("quant_method", "bitsandbytes") != "bitsandbytes":
         method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
         reasons.append(f"quantization method {json.dumps(method)} is not served; bitsandbytes NF4 is")
-        return True
-    if raw.get("load_in_8bit") or not raw.get("load_in_4bit"):
+    elif raw.get("load_in_8bit") or not raw.get("load_in_4bit"):
         reasons.append("bitsandbytes 8-bit checkpoints are not served; quantize the original weights to NF4")
     elif raw.get("bnb_4bit_quant_type", "fp4") != "nf4":
         reasons.append(f"bnb_4bit_quant_type must be 'nf4', got {json.dumps(raw.get('bnb_4bit_quant_type', 'fp4'))}")
     elif not raw.get("bnb_4bit_use_double_quant"):
         reasons.append("bnb_4bit_use_double_quant must be true; quantize the original weights with double quantization")
-    return True

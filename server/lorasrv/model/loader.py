@@ -39,7 +39,7 @@ def load_model(
         source: folder with `config.json` and safetensors files, 16 or 32 bit or quantized by bitsandbytes.
         dtype: of everything that is not quantized, and of the activations.
         device: where the model is kept.
-        quantize: hold the linear layers of a 16 or 32 bit checkpoint in NF4; a prequantized one stays as it is.
+        quantize: hold the linear layers in NF4; a checkpoint that has quantized tensors stays as it is.
         max_positions: positions to serve; the model's own limit by default, and at most.
 
     Raises:
@@ -48,6 +48,7 @@ def load_model(
     config = read_model_config(source)
     with Checkpoint(source) as checkpoint:
         _check(checkpoint, config)
+        quantize = quantize and not any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
         reader = _Reader(checkpoint, dtype=dtype, device=torch.device(device), quantize=quantize)
         layers = [reader.layer(config, index) for index in range(config.num_layers)]
         return LlamaModel(

@@ -60,10 +60,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 
 @dataclass(slots=True)
 class Driver:
-    """Sequences over one model: blocks handed out as they grow, any number of them in one step."""
+    """Sequences over one model: blocks handed out as they grow, any number of them in one step.
+
+    `arena` and `table` hold the adapters of the slots; without them there are none.
+    """
 
     model: LlamaModel
     num_blocks: int = 32
+    arena: Tensor | None = None
+    table: Tensor | None = None
     cache: Tensor = field(init=False)
     lengths: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[int]] = field(default_factory=dict)
@@ -88,8 +93,8 @@ class Driver:
             attention=AttentionBatch.from_spans(spans, tile_tokens=tile_tokens(config.num_heads, config.num_kv_heads)),
             slots=SlotBatch.from_slots(slots if slots is not None else [-1] * len(tokens)),
             kv_cache=self.cache,
-            arena=torch.zeros(0, dtype=self.model.dtype),
-            table=torch.zeros(1, len(self.model.module_order), 4, dtype=torch.int64),
+            arena=self.arena if self.arena is not None else torch.zeros(0, dtype=self.model.dtype),
+            table=self.table if self.table is not None else torch.zeros(0, len(self.model.module_order), 4).long(),
         )
         hidden = self.model.forward(torch.tensor(tokens), batch)
         return list(self.model.logits(hidden).split([span.num_tokens for span in spans]))

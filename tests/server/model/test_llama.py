@@ -96,6 +96,48 @@ def test_neighbours_do_not_change_a_bit(tiny, driver, dtype):
             done[name] += len(chunk)
 
 
+def random_adapter(model) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, ...]]]:
+    """An arena with rank rows and scales for every other module, its table of one slot, and the same as matrices."""
+    torch.manual_seed(3)
+    arena, entries, matrices = torch.zeros(0), [], {}
+    for place, name in enumerate(model.module_order):
+        out_features, in_features = model.base.modules[name]
+        if place % 2:
+            entries.append([0, 0, -1, 0])
+            continue
+        a, b, d = 0.2 * torch.randn(3, in_features), 0.2 * torch.randn(out_features, 3), 0.5 + torch.rand(out_features)
+        entries.append([])
+        for piece in (a, b.t(), d):
+            entries[-1].append(len(arena))
+            padded = torch.nn.functional.pad(piece.flatten(), (0, -piece.numel() % 32))
+            arena = torch.cat([arena, padded])
+        entries[-1].append(3)
+        matrices[name] = (a, b, d)
+    return arena, torch.tensor([entries]), matrices
+
+
+@torch.no_grad()
+def test_each_module_has_its_own_row_of_the_adapter_table(tiny, driver):
+    folder, oracle = tiny("head_dim")
+    model = load_model(folder, dtype=torch.float32, device="cpu", quantize=False)
+    arena, table, matrices = random_adapter(model)
+    plain = driver(model).run(prompt(40))
+    mixed = driver(model, arena=arena, table=table).step(
+        [("adapted", prompt(40)), ("base", prompt(40))], slots=[0] * 40 + [-1] * 40
+    )
+    original = {name: oracle.get_submodule(name).weight.clone() for name in matrices}
+    try:
+        for name, (a, b, d) in matrices.items():
+            weight = oracle.get_submodule(name).weight
+            weight.copy_(d[:, None] * weight + b @ a)
+        expected = oracle_logits(oracle, prompt(40))
+    finally:
+        for name, weight in original.items():
+            oracle.get_submodule(name).weight.copy_(weight)
+    torch.testing.assert_close(mixed[0], expected, rtol=0, atol=1e-4)
+    assert torch.equal(mixed[1], plain)
+
+
 def test_logits_are_float32_and_of_the_rows_asked(tiny, driver):
     model = load_model(tiny()[0], dtype=torch.bfloat16, device="cpu")
     logits = driver(model).run(prompt(20))
