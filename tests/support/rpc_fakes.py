@@ -28,6 +28,15 @@ PIECES = ("Once", " upon", "", " a time")
 
 
 @dataclass(frozen=True, kw_only=True)
+class FakeRanks:
+    """Ranks over an adapter's modules."""
+
+    min: int = 2
+    max: int = 8
+    sum: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
 class FakeRecord:
     """A loaded adapter."""
 
@@ -35,7 +44,7 @@ class FakeRecord:
     source: str = "/adapters/one"
     digest: str = "ab" * 32
     kind: str = "dora"
-    ranks: tuple[int, int, int] = (2, 8, 40)
+    ranks: FakeRanks = FakeRanks()
     num_modules: int = 7
     num_bytes: int = 4096
     num_in_use: int = 0

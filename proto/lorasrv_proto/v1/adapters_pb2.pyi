@@ -194,7 +194,7 @@ class LoadAdapterRequest(_message.Message):
     Without it, an id that names other weights is ALREADY_EXISTS.
     """
     expected_digest: _builtins.str
-    """If not empty, refuse the adapter unless its digest begins with these hex digits (12 to 64 of them)."""
+    """If not empty, refuse the adapter unless this is its digest: 64 hex digits, lower case."""
     def __init__(
         self,
         *,

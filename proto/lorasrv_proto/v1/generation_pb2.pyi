@@ -70,8 +70,8 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Which adapter answers; empty means the plain base model. "id@digest" pins a version, where digest is the first
-    12 to 64 hex digits of the adapter's digest. An id has up to 4 segments separated by "/", each matching
-    [A-Za-z0-9][A-Za-z0-9._-]{0,62}, and at most 128 bytes.
+    12 to 64 hex digits, lower case, of the adapter's digest. An id has up to 4 segments separated by "/", each
+    matching [A-Za-z0-9][A-Za-z0-9._-]{0,62}, no "..", and at most 128 bytes.
     """
     prompt: _builtins.str
     """The prompt as text; the server tokenizes it and puts the beginning-of-sequence token in front once.

@@ -30,8 +30,21 @@ class EnginePort(Protocol):
         """Returns the engine's state now."""
 
 
+class Ranks(Protocol):
+    """Ranks over an adapter's modules; `lorasrv_adapters.records.RankSummary` is one."""
+
+    @property
+    def min(self) -> int: ...
+
+    @property
+    def max(self) -> int: ...
+
+    @property
+    def sum(self) -> int: ...
+
+
 class AdapterRecord(Protocol):
-    """A loaded adapter; `lorasrv_adapters.registry.AdapterRecord` is one."""
+    """A loaded adapter; `lorasrv_adapters.records.AdapterRecord` is one."""
 
     @property
     def adapter_id(self) -> str: ...
@@ -46,7 +59,7 @@ class AdapterRecord(Protocol):
     def kind(self) -> str: ...
 
     @property
-    def ranks(self) -> tuple[int, int, int]: ...
+    def ranks(self) -> Ranks: ...
 
     @property
     def num_modules(self) -> int: ...

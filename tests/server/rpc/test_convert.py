@@ -81,7 +81,7 @@ def test_a_length_that_is_asked_for_must_fit() -> None:
         _call(prompt="").fit(0, limits=LIMITS)
 
 
-@pytest.mark.parametrize("good", ["a", "A.b_c-1", "org/team/poet/v2", "a" * 63, "a..b", "1"])
+@pytest.mark.parametrize("good", ["a", "A.b_c-1", "org/team/poet/v2", "a" * 63, "1"])
 def test_ids_that_are_fine(good: str) -> None:
     assert not list(id_violations(good))
     assert not list(reference_violations(f"{good}@{'0f' * 6}"))
@@ -89,7 +89,23 @@ def test_ids_that_are_fine(good: str) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    ["/a", "a/", "a//b", "../a", ".a", "a,b", "a b", "a\n", "é", "a/b/c/d/e", "a" * 64, "a@b", "-a", "a/" * 3 + "/x"],
+    [
+        "/a",
+        "a/",
+        "a//b",
+        "../a",
+        ".a",
+        "a,b",
+        "a b",
+        "a\n",
+        "é",
+        "a/b/c/d/e",
+        "a" * 64,
+        "a@b",
+        "-a",
+        "a..b",
+        "a/" * 3 + "/x",
+    ],
 )
 def test_ids_that_are_not(bad: str) -> None:
     assert list(id_violations(bad))

@@ -35,7 +35,7 @@ class LoadCall:
         adapter_id: the name to publish the adapter under.
         source: a folder or a Hub repository.
         replace: whether it may take the place of other weights.
-        expected_digest: what its digest must begin with; None for anything.
+        expected_digest: the digest it must have; None for any.
     """
 
     adapter_id: str
@@ -111,7 +111,6 @@ def page(
 
 def adapter(record: AdapterRecord) -> adapters_pb2.Adapter:
     """Returns a loaded adapter as a message."""
-    min_rank, max_rank, total_rank = record.ranks
     load_time = Timestamp()
     load_time.FromNanoseconds(int(record.loaded_at_seconds * 1e9))
     return adapters_pb2.Adapter(
@@ -119,9 +118,9 @@ def adapter(record: AdapterRecord) -> adapters_pb2.Adapter:
         source=record.source,
         digest=record.digest,
         kind=_KINDS.get(record.kind, adapters_pb2.ADAPTER_KIND_UNSPECIFIED),
-        min_rank=min_rank,
-        max_rank=max_rank,
-        total_rank=total_rank,
+        min_rank=record.ranks.min,
+        max_rank=record.ranks.max,
+        total_rank=record.ranks.sum,
         num_modules=record.num_modules,
         num_bytes=record.num_bytes,
         num_in_use=record.num_in_use,
