@@ -141,7 +141,7 @@ class Engine:
             self._thread.join()
 
     def stats(self) -> EngineStats:
-        """Returns the state after the latest step, with the requests accepted since. Any thread."""
+        """Returns the state in the latest step, with the requests accepted since. Any thread."""
         stats = self._stats
         num_queued = max(0, self._inbox.num_live - stats.num_running)
         return replace(stats, num_queued=num_queued, is_draining=self._inbox.is_draining)
@@ -195,6 +195,7 @@ class Engine:
             parts = tuple(self._live[part.sequence.request.request_id] for part in step.sequences)
             for live in parts:
                 live.start(begin)
+            self._measure()
             sampled = self._runner.execute(step)
             self._scheduler.advance(step)
             gaps = self._accept(step, sampled)
@@ -280,8 +281,7 @@ class Engine:
             )
         )
 
-    def _hand_over(self) -> None:
-        outputs, self._outputs = self._outputs, []
+    def _measure(self) -> None:
         running = self._scheduler.running
         leases = (sequence.request.lease for sequence in running)
         self._stats = replace(
@@ -290,6 +290,10 @@ class Engine:
             num_kv_blocks_used=self._scheduler.blocks.num_used,
             num_adapters_running=len({lease.digest for lease in leases if lease is not None}),
         )
+
+    def _hand_over(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        self._measure()
         seconds = self._mean_running_seconds / self._scheduler.limits.max_num_seqs
         self._inbox.retry_after_seconds = min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
         self._inbox.forget(output.request_id for output in outputs if output.is_terminal)
