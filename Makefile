@@ -39,13 +39,13 @@ check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint proto
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/.runtime $(NATIVE) ## Measure this machine (ARGS: see lorasrv bench --help)
-	@$(BIN)/lorasrv bench $(ARGS)
+bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once their results are right
+	@for script in kernels/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 proto: $(VENV)/.dev ## Generate the code of the wire contract anew
 	$(BIN)/python proto/generate.py
