@@ -17,10 +17,10 @@ from lorasrv_adapters.config import CONFIG_NAME, examine_adapter_config, parse_a
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.fields import MAX_JSON_BYTES
 from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter, normalize
-from lorasrv_adapters.weights import WEIGHTS_NAME, WeightLimits, open_regular, read_weights
+from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, open_regular, read_weights
 
 
-def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits | None = None) -> NormalizedAdapter:
+def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits = DEFAULT_LIMITS) -> NormalizedAdapter:
     """Read a PEFT adapter folder completely, or refuse it with everything that is wrong.
 
     Blocks on files; for DoRA it also reads the base's rows.
@@ -28,7 +28,7 @@ def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits | N
     Args:
         folder: The folder; only its two known files are opened.
         base: The base the adapter will be served on.
-        limits: What the weights file may ask for; the default limits if None.
+        limits: What the weights file may ask for.
 
     Raises:
         SourceNotFoundError: A file is missing.

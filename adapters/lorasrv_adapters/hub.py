@@ -14,11 +14,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
+
+# HTTPError is the transport's base error: of httpx or httpx2, by huggingface_hub's release
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # the transport's base error, whichever transport it is
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -35,7 +37,7 @@ from lorasrv_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from lorasrv_adapters.weights import WEIGHTS_NAME, WeightLimits, pickle_hint
+from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, pickle_hint
 
 TIMEOUT_SECONDS = 10.0
 
@@ -58,7 +60,7 @@ class HubSource:
     folder: Path
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
-    limits: WeightLimits = WeightLimits()
+    limits: WeightLimits = DEFAULT_LIMITS
 
     def fetch(self, reference: str) -> Path:
         """Return the local folder of "org/name@revision", downloading it unless that commit is here already. Blocks.

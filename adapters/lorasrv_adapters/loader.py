@@ -16,7 +16,7 @@ from lorasrv_adapters.image import pack_image
 from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter
 from lorasrv_adapters.records import LoadedAdapter, RankSummary
 from lorasrv_adapters.source import resolve
-from lorasrv_adapters.weights import WeightLimits
+from lorasrv_adapters.weights import DEFAULT_LIMITS, WeightLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class CheckpointLoader:
     max_rank: int
     roots: Sequence[Path]
     hub: HubSource | None = None
-    limits: WeightLimits = WeightLimits()
+    limits: WeightLimits = DEFAULT_LIMITS
 
     def load(self, source: str) -> LoadedAdapter:
         """Read, check and pack the adapter; blocks; any thread.

@@ -45,6 +45,9 @@ class WeightLimits:
     total_bytes: int = 4 << 30
 
 
+DEFAULT_LIMITS = WeightLimits()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
     """One tensor's place in the file.
@@ -64,12 +67,12 @@ class TensorEntry:
     stop: int
 
 
-def read_weights(folder: Path, limits: WeightLimits | None = None) -> dict[str, Tensor]:
+def read_weights(folder: Path, limits: WeightLimits = DEFAULT_LIMITS) -> dict[str, Tensor]:
     """Read `adapter_model.safetensors` into memory of its own; later changes to the file do not reach it.
 
     Args:
         folder: The adapter's folder.
-        limits: What the file may ask for; the default limits if None.
+        limits: What the file may ask for.
 
     Returns:
         Every tensor by name, on the CPU, in the file's dtype.
@@ -83,7 +86,7 @@ def read_weights(folder: Path, limits: WeightLimits | None = None) -> dict[str, 
     if not path.exists() and not path.is_symlink():
         _refuse_missing(folder)
     with open_regular(path) as file:
-        entries = read_header(file, limits or WeightLimits())
+        entries = read_header(file, limits)
         # rank-0 modules alone make a file without a byte of data
         data = memoryview(bytearray(entries[-1].stop if entries else 0))
         if file.readinto(data) != len(data):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
 from lorasrv_adapters.checkpoint import write_checkpoint
+from torch import Tensor
 
 
 class FakeBase:

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 from lorasrv_adapters.checkpoint import read_checkpoint, write_checkpoint
 from lorasrv_adapters.normalize import NormalizedModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
