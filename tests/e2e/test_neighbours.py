@@ -1,6 +1,7 @@
 """Promise 2: the logits of a request do not depend, in any bit, on who shares its steps or how its prompt is cut."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_neighbours_change_no_bit(
     dtype: torch.dtype,
     base_folder: Path,
     adapter_folders: dict[str, Path],
-    record_property: pytest.RecordProperty,
+    record_property: Callable[[str, object], None],
 ) -> None:
     served = Served.load(base_folder, adapter_folders, dtype)
     adapter_ids = ["", *adapter_folders]

@@ -10,9 +10,8 @@ import torch
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
-from lorasrv.engine.request import Request, RequestOutput
+from lorasrv.engine.request import Request, RequestOutput, SampledToken
 from lorasrv.engine.runner import ModelRunner
-from lorasrv.engine.sampler import SampledToken
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.engine.sequence import ScheduledSequence, ScheduledStep
 from lorasrv.model.llama import LlamaModel

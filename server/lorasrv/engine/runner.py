@@ -1,0 +1,77 @@
+"""Turns a scheduled step into tensors, runs the model over it and samples: the only part of the engine with tensors.
+
+Knows the model and the device memory; knows no queue, no text and no adapter beyond its slot.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from lorasrv_kernels.attention import AttentionBatch, Span, tile_tokens
+from lorasrv_kernels.batch import SlotBatch
+from torch import Tensor
+
+from lorasrv.engine.memory import DeviceMemory
+from lorasrv.engine.request import SampledToken
+from lorasrv.engine.sampler import sample
+from lorasrv.engine.scheduler import ScheduledStep
+from lorasrv.engine.sequence import ScheduledSequence
+from lorasrv.model.batch import StepBatch
+from lorasrv.model.llama import LlamaModel
+
+
+class ModelRunner:
+    """Runs steps on one device; engine thread only.
+
+    Args:
+        model: the base.
+        memory: the KV cache and the resident adapters.
+    """
+
+    def __init__(self, model: LlamaModel, memory: DeviceMemory) -> None:
+        self._model = model
+        self._memory = memory
+        self._tile_tokens = tile_tokens(model.config.num_heads, model.config.num_kv_heads)
+
+    @torch.inference_mode()
+    def execute(self, step: ScheduledStep) -> list[SampledToken]:
+        """One forward pass over all sequences of the step.
+
+        Returns:
+            One token for each scheduled sequence that samples, in the step's order.
+        """
+        tokens = [token for part in step.sequences for token in _tokens(part)]
+        hidden = self._model.forward(torch.tensor(tokens), self._lay_out(step.sequences))
+        ends = torch.tensor([part.num_tokens for part in step.sequences]).cumsum(0) - 1
+        sampling = [index for index, part in enumerate(step.sequences) if part.samples]
+        if not sampling:
+            return []
+        logits = self._model.logits(hidden[ends[sampling]])
+        return self.sample(logits, [step.sequences[index] for index in sampling])
+
+    def sample(self, logits: Tensor, parts: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        """One token a row of `logits` [N, V], float32; row i belongs to parts[i]."""
+        return sample(
+            logits,
+            [part.sequence.request.sampling for part in parts],
+            [part.sequence.num_generated_tokens for part in parts],
+        )
+
+    def _lay_out(self, parts: Sequence[ScheduledSequence]) -> StepBatch:
+        spans = [
+            Span(start=part.start, num_tokens=part.num_tokens, block_table=part.sequence.block_table) for part in parts
+        ]
+        device = self._memory.arena.device
+        return StepBatch(
+            positions=torch.cat([torch.arange(part.start, part.start + part.num_tokens) for part in parts]).to(device),
+            attention=AttentionBatch.from_spans(spans, tile_tokens=self._tile_tokens, device=device),
+            slots=SlotBatch.from_slots(
+                [part.sequence.slot for part in parts for _ in range(part.num_tokens)], device=device
+            ),
+            kv_cache=self._memory.kv_cache,
+            arena=self._memory.arena,
+            table=self._memory.table,
+        )
+
+
+def _tokens(part: ScheduledSequence) -> list[int]:
+    return part.sequence.token_ids[part.start : part.start + part.num_tokens]
