@@ -1,25 +1,17 @@
-"""The fake server of this folder, as fixtures."""
+"""The fake server as fixtures."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import fake_server
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def fake():
-    """The module `fake_server`, loaded once however many folders use it."""
-    name = "lorasrv_fake_server"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake_server.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """The module `fake_server`."""
+    return fake_server
 
 
 @pytest.fixture
-def server(fake):
+def server():
     """A running fake server."""
-    with fake.FakeServer() as running:
+    with fake_server.FakeServer() as running:
         yield running

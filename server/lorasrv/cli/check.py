@@ -22,7 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=folder, help="The adapter's folder.")
     parser.add_argument(
-        "--base", metavar="BASE", type=folder, help="The base model's folder. Default: the embedded tiny model."
+        "--base", metavar="BASE", help="The base model: a folder or a Hub id. Default: the embedded tiny model."
     )
     parser.add_argument("--json", action="store_true", help="Write JSON.")
     parser.set_defaults(run=run)
@@ -45,16 +45,24 @@ def run(arguments: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _read(adapter: Path, base: Path | None) -> "NormalizedAdapter":
+def _read(adapter: Path, base: str | None) -> "NormalizedAdapter":
     import torch
     from lorasrv_adapters.checkpoint import read_checkpoint
 
-    from lorasrv.embedded import embedded_base
     from lorasrv.model.loader import load_model
 
-    base = base or embedded_base()
-    say(f"reading {base}")
-    return read_checkpoint(adapter, load_model(base, dtype=torch.float32).base)
+    base_folder = _base_folder(base)
+    say(f"reading {base_folder}")
+    return read_checkpoint(adapter, load_model(base_folder, dtype=torch.float32).base)
+
+
+def _base_folder(base: str | None) -> Path:
+    from lorasrv.embedded import embedded_base
+    from lorasrv.model.hub import download_model, is_hub_reference
+
+    if base is None:
+        return embedded_base()
+    return download_model(base).path if is_hub_reference(base) else folder(base)
 
 
 def _report(adapter: "NormalizedAdapter", *, as_json: bool) -> None:

@@ -1,32 +1,24 @@
-"""The command line as the tests call it, and the fake server of `tests/clients`."""
+"""The command line as the tests call it, and a fake server."""
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import fake_server
 import pytest
 from lorasrv.cli.main import main
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def fake():
-    """The module `tests/clients/fake_server.py`."""
-    name = "lorasrv_fake_server"
-    if name not in sys.modules:
-        path = Path(__file__).parents[2] / "clients" / "fake_server.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """The module `fake_server`."""
+    return fake_server
 
 
 @pytest.fixture
-def server(fake, monkeypatch):
+def server(monkeypatch):
     """A running fake server, which the commands find through the environment."""
-    with fake.FakeServer() as running:
+    with fake_server.FakeServer() as running:
         monkeypatch.setenv("LORASRV_SERVER", running.target)
         yield running
 

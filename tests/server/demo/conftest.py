@@ -1,4 +1,4 @@
-"""The fake server of `tests/clients` as a program, and what runs a demo against it."""
+"""A fake server as a program, and what runs a demo against it."""
 
 import sys
 from pathlib import Path
@@ -7,19 +7,12 @@ from types import SimpleNamespace
 import pytest
 from lorasrv.demo.app import DemoConfig, run_demo
 
-PROGRAM = Path(__file__).parents[2] / "clients" / "fake_server.py"
-
 
 @pytest.fixture
 def command():
     """The fake server's command line, in one of its modes."""
-    program = f"import runpy, sys; sys.path[:0] = {sys.path!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    program = program.replace("sys.argv[0]", "sys.argv.pop(1)")
-
-    def words(*mode):
-        return (sys.executable, "-c", program, str(PROGRAM), *mode)
-
-    return words
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from fake_server import main; main()"
+    return lambda *mode: (sys.executable, "-c", program, *mode)
 
 
 @pytest.fixture
