@@ -66,8 +66,9 @@ def write_checkpoint(folder: Path, config: Mapping[str, object], tensors: Mappin
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
-        _write(draft / WEIGHTS_NAME, weights)
+        # copies, because the library refuses tensors that share memory
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        _write(draft / WEIGHTS_NAME, save(copies, {"format": "pt"}))
         _write(draft / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
         draft.chmod(0o755)
         _sync_folder(draft)

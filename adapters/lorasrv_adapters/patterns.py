@@ -73,7 +73,7 @@ class Targets:
     Attributes:
         include: Names and dotted name endings, or one regular expression for the whole name, or "all-linear".
         exclude: Names and dotted name endings, or one regular expression for the whole name; it wins.
-        layers: Only the decoder layers of these numbers, if any are given.
+        layers: Only the decoder layers of these numbers, if any are given; needs a list of names.
         layers_pattern: Patterns for the segment before the layer number; empty: any segment.
 
     Raises:
@@ -99,7 +99,8 @@ class Targets:
         )
 
     def _in_layers(self, name: str, patterns: Sequence[Pattern]) -> bool:
-        if not self.layers:
+        # PEFT asks for the layer only where a name's ending was matched, not where the whole name is listed
+        if not self.layers or name in self.include:
             return True
         numbers = (pattern.number(name) for pattern in patterns)
         return next((number for number in numbers if number is not None), -1) in self.layers

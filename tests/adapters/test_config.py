@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorasrv_adapters.config import UNSUPPORTED, AdapterConfig, parse_adapter_config
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
@@ -210,6 +210,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*LORA, *ADALORA, *REFUSED, *INVALID]) | st.text(), json_values))
 def test_any_object_is_parsed_or_refused(changes: dict[str, object]) -> None:
     for start in (LORA, ADALORA):

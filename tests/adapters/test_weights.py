@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError, SourceNotFoundError
 from lorasrv_adapters.weights import WEIGHTS_NAME, WeightLimits, read_weights
@@ -155,6 +155,7 @@ def test_links_and_pipes_are_not_opened(tmp_path: Path, pack_safetensors: Pack) 
         read_weights(tmp_path)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     content = bytearray(save({"a": torch.ones(2, 3), "b": torch.zeros(4)}, {"format": "pt"}))
