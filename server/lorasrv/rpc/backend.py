@@ -1,0 +1,241 @@
+"""Everything a server has below its services: model, adapters, device memory, metrics.
+
+Resolves what the configuration leaves to the machine. Knows neither gRPC nor protobuf messages.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub.constants
+import torch
+from lorasrv_adapters.host_cache import HostCache
+from lorasrv_adapters.hub import HubSource
+from lorasrv_adapters.loader import CheckpointLoader
+from lorasrv_adapters.records import SilentObserver
+from lorasrv_adapters.registry import AdapterRegistry
+from lorasrv_kernels.cpu import library
+
+from lorasrv import __version__
+from lorasrv.config import HUB_PREFIX, ServeConfig
+from lorasrv.embedded import embedded_base
+from lorasrv.engine.engine import Engine
+from lorasrv.engine.kv_cache import BLOCK_TOKENS, BlockAllocator
+from lorasrv.engine.memory import DeviceMemory
+from lorasrv.engine.observer import EngineStats
+from lorasrv.engine.request import RequestOutput, SamplingParams
+from lorasrv.engine.runner import ModelRunner
+from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
+from lorasrv.errors import ConfigError
+from lorasrv.metrics import LevelState, ServerMetrics, ServerState
+from lorasrv.model.generation import read_generation_defaults
+from lorasrv.model.hub import download_model, is_hub_reference
+from lorasrv.model.llama import LlamaModel
+from lorasrv.model.loader import load_model
+from lorasrv.model.tokenizer import Tokenizer
+from lorasrv.rpc.convert.generation import RequestLimits
+from lorasrv.rpc.convert.server import ServerFacts
+
+# of the memory that is free when the KV cache is sized
+_KV_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """What the services stand on, loaded and ready, except for the engine, which needs the event loop.
+
+    Attributes:
+        config: as it was given.
+        facts: what the server says of itself.
+        model: the base.
+        tokenizer: the base's.
+        memory: KV cache and resident adapters.
+        registry: the adapters.
+        cache: the registry's; only looked at here.
+        metrics: everything that is counted.
+    """
+
+    config: ServeConfig
+    facts: ServerFacts
+    model: LlamaModel
+    tokenizer: Tokenizer
+    memory: DeviceMemory
+    registry: AdapterRegistry
+    cache: HostCache
+    metrics: ServerMetrics
+
+    @classmethod
+    def load(cls, config: ServeConfig) -> "Backend":
+        """Loads the base and the adapters named at start; blocks, for large models for minutes.
+
+        Raises:
+            ConfigError: the machine does not have what is asked for.
+            ModelLoadError: the base cannot be served.
+            AdapterError: an adapter cannot be served.
+        """
+        device = _device(config)
+        folder = _base_folder(config)
+        model = load_model(folder, dtype=_dtype(config, device), device=device, max_positions=config.max_model_len)
+        metrics = ServerMetrics(base_model=config.base or folder.name)
+        cache = HostCache(config.host_cache_bytes)
+        registry = AdapterRegistry(_loader(config, model), cache, observer=_Evictions(metrics))
+        for adapter_id, source in config.adapters:
+            registry.load(adapter_id, _source(source))
+        return cls(
+            config=config,
+            facts=_facts(config, model, folder=folder),
+            model=model,
+            tokenizer=Tokenizer(folder),
+            memory=_memory(config, model),
+            registry=registry,
+            cache=cache,
+            metrics=metrics,
+        )
+
+    def engine(self, on_outputs: Callable[[list[RequestOutput]], None]) -> Engine:
+        """Returns an engine over this backend, not started; there is one at a time."""
+        limits = SchedulerLimits(
+            max_num_seqs=self.config.max_num_seqs,
+            max_batched_tokens=self.config.max_batched_tokens,
+            max_model_len=self.model.max_positions,
+        )
+        return Engine(
+            ModelRunner(self.model, self.memory),
+            Scheduler(limits, BlockAllocator(self.memory.layout.num_blocks), self.memory),
+            self.tokenizer,
+            max_queue=self.config.max_queue,
+            on_outputs=on_outputs,
+            metrics=self.metrics,
+        )
+
+    def state(self, stats: EngineStats) -> ServerState:
+        """Returns what gauges show; any thread."""
+        resident = set(self.memory.slots.resident())
+        records = self.registry.list()
+        return ServerState(
+            engine=stats,
+            levels={
+                "device": LevelState(
+                    num_adapters=len(resident),
+                    num_slots=self.config.max_adapters,
+                    num_bytes=sum(
+                        {record.digest: record.num_bytes for record in records if record.digest in resident}.values()
+                    ),
+                ),
+                "host": LevelState(
+                    num_adapters=len(self.cache.digests()), num_slots=None, num_bytes=self.cache.num_bytes
+                ),
+            },
+            adapter_ids=frozenset(record.adapter_id for record in records),
+            resident_adapter_ids=frozenset(record.adapter_id for record in records if record.digest in resident),
+            waiting_adapter_ids=frozenset(),
+        )
+
+
+class _Evictions(SilentObserver):
+    """Tells the metrics of evictions; loads and unloads are told by the service, which knows how long they took."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+
+    def adapter_evicted(self, level: str) -> None:
+        """An idle adapter lost its place."""
+        self._metrics.adapter_evicted(level=level)
+
+
+def _device(config: ServeConfig) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
+    return torch.device("cuda:0" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def _dtype(config: ServeConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
+    # a CPU without bfloat16 instructions multiplies it many times slower than float32
+    has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _base_folder(config: ServeConfig) -> Path:
+    if config.base is None:
+        return embedded_base()
+    if is_hub_reference(config.base):
+        return download_model(config.base).path
+    return Path(config.base).expanduser()
+
+
+def _loader(config: ServeConfig, model: LlamaModel) -> CheckpointLoader:
+    downloads = Path(huggingface_hub.constants.HF_HOME) / "lorasrv-adapters"
+    hub = HubSource(allowed=_allowed_repositories(config), folder=downloads)
+    return CheckpointLoader(
+        base=model.base,
+        dtype=model.dtype,
+        max_rank=config.max_rank,
+        roots=config.allowed_roots,
+        hub=hub if hub.allowed else None,
+    )
+
+
+def _allowed_repositories(config: ServeConfig) -> tuple[str, ...]:
+    """The allow-list, and the repositories that the operator names as adapters himself."""
+    named = (source for _, source in config.adapters if source.startswith(HUB_PREFIX))
+    return (*config.allowed_repositories, *(source.removeprefix(HUB_PREFIX).partition("@")[0] for source in named))
+
+
+def _source(source: str) -> str:
+    return source if source.startswith(HUB_PREFIX) else str(Path(source).expanduser().absolute())
+
+
+def _memory(config: ServeConfig, model: LlamaModel) -> DeviceMemory:
+    return DeviceMemory(
+        model.config,
+        list(model.base.modules.values()),
+        dtype=model.dtype,
+        device=model.device,
+        kv_bytes=_kv_bytes(model, max_num_seqs=config.max_num_seqs) if config.kv_bytes is None else config.kv_bytes,
+        max_rank=config.max_rank,
+        max_adapters=config.max_adapters,
+    )
+
+
+def _kv_bytes(model: LlamaModel, *, max_num_seqs: int) -> int:
+    """As much as the longest sequences could need, or a share of what is free if that is less."""
+    blocks_per_sequence = -(-model.max_positions // BLOCK_TOKENS)
+    wanted = max_num_seqs * blocks_per_sequence * DeviceMemory.block_elements(model.config) * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted, int(free * _KV_SHARE))
+
+
+def _facts(config: ServeConfig, model: LlamaModel, *, folder: Path) -> ServerFacts:
+    return ServerFacts(
+        version=__version__,
+        base_model=config.base or folder.name,
+        base_digest=model.base.digest,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        exact=config.exact == "on" or (config.exact == "auto" and model.device.type == "cpu"),
+        native_kernels=model.device.type == "cpu" and library.load() is not None,
+        limits=RequestLimits(max_model_len=model.max_positions, vocab_size=model.config.vocab_size),
+        defaults=_sampling_defaults(folder),
+        max_num_seqs=config.max_num_seqs,
+        max_batched_tokens=config.max_batched_tokens,
+        max_queue=config.max_queue,
+        max_rank=config.max_rank,
+        max_adapters=config.max_adapters,
+    )
+
+
+def _sampling_defaults(folder: Path) -> SamplingParams:
+    """What the model's makers recommend, and the field's convention where they say nothing."""
+    stated, usual = read_generation_defaults(folder), SamplingParams()
+    return SamplingParams(
+        temperature=usual.temperature if stated.temperature is None else stated.temperature,
+        top_k=usual.top_k if stated.top_k is None else stated.top_k,
+        top_p=usual.top_p if stated.top_p is None else stated.top_p,
+    )
