@@ -1,7 +1,6 @@
 """Promise 2: the logits of a request do not depend, in any bit, on who shares its steps or how its prompt is cut."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,6 @@ def test_neighbours_change_no_bit(
     dtype: torch.dtype,
     base_folder: Path,
     adapter_folders: dict[str, Path],
-    record_property: Callable[[str, object], None],
 ) -> None:
     served = Served.load(base_folder, adapter_folders, dtype)
     adapter_ids = ["", *adapter_folders]
@@ -54,9 +52,10 @@ def test_neighbours_change_no_bit(
     for request in make_requests(served, adapter_ids):
         assert_same_bits(mixed, run_engine(served, [request]), request)
     cut = sum(1 for chunks in mixed.runner.num_chunks.values() if chunks > 1)
-    record_property("prompts_in_several_chunks", cut)
-    record_property("max_adapters_in_one_step", mixed.runner.max_adapters)
-    record_property("preemptions", mixed.num_preemptions)
+    print(
+        f"{cut} prompts in several chunks, at most {mixed.runner.max_adapters} adapters in one step, "
+        f"{mixed.num_preemptions} preemptions"
+    )
     assert cut > 1
     assert mixed.runner.max_adapters >= 5
     assert mixed.num_preemptions > 0
