@@ -3,6 +3,9 @@
 y[t] = W x[t]. How a matrix product orders its sums depends on its number of rows, so every product here has
 `TILE_ROWS` rows: x is cut into tiles, the last one filled up with zeros. At a fixed row count a row's result depends
 neither on its place in the tile nor on the other rows.
+
+One exception is known: below a dozen output columns MKL's float32 product follows the alignment of each row in memory
+(16 bytes). W therefore has at least `MIN_OUT_FEATURES` rows in every product; missing ones are zero.
 """
 
 import torch
@@ -10,6 +13,9 @@ from torch import Tensor
 
 from lorasrv_kernels.batch import TILE_ROWS
 from lorasrv_kernels.workspace import thread_workspace
+
+MIN_OUT_FEATURES = 16
+"""Fewest rows of W in one product."""
 
 
 def linear_(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -20,21 +26,32 @@ def linear_(x: Tensor, weight: Tensor, out: Tensor) -> None:
         weight: [O, I], contiguous, same dtype.
         out: [T, O], same dtype; rows may be further apart than O (a column range of a wider matrix).
     """
-    weight_t = weight.t()
-    num_tokens = x.shape[0]
-    full = num_tokens - num_tokens % TILE_ROWS
+    num_tokens, out_features = out.shape
+    narrow = out_features < MIN_OUT_FEATURES
+    weight_t = (_widened(weight) if narrow else weight).t()
+    full = 0 if narrow else num_tokens - num_tokens % TILE_ROWS
     for row in range(0, full, TILE_ROWS):
         torch.mm(x[row : row + TILE_ROWS], weight_t, out=out[row : row + TILE_ROWS])
-    if full < num_tokens:
-        _linear_short_tile_(x[full:], weight_t, out[full:])
+    for row in range(full, num_tokens, TILE_ROWS):
+        _copied_tile_(x[row : row + TILE_ROWS], weight_t, out[row : row + TILE_ROWS])
 
 
-def _linear_short_tile_(x: Tensor, weight_t: Tensor, out: Tensor) -> None:
-    num_tokens = x.shape[0]
+def _copied_tile_(x: Tensor, weight_t: Tensor, out: Tensor) -> None:
+    """A tile that is short, or whose result is narrower than the product."""
+    num_tokens, out_features = out.shape
     workspace = thread_workspace()
     x_tile = workspace.take("dense.x_tile", (TILE_ROWS, x.shape[1]), x.dtype, x.device)
     y_tile = workspace.take("dense.y_tile", (TILE_ROWS, weight_t.shape[1]), x.dtype, x.device)
     x_tile[:num_tokens] = x
     x_tile[num_tokens:].zero_()
     torch.mm(x_tile, weight_t, out=y_tile)
-    out.copy_(y_tile[:num_tokens])
+    out.copy_(y_tile[:num_tokens, :out_features])
+
+
+def _widened(weight: Tensor) -> Tensor:
+    out_features, in_features = weight.shape
+    shape = (MIN_OUT_FEATURES, in_features)
+    wide = thread_workspace().take("dense.weight", shape, weight.dtype, weight.device)
+    wide[:out_features] = weight
+    wide[out_features:].zero_()
+    return wide

@@ -1,0 +1,48 @@
+"""What the kernels' tests share: the bitsandbytes oracle, poisoned scratch memory, a chosen number of threads."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from lorasrv_kernels.workspace import Workspace
+from torch import Tensor
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> ModuleType:
+    """`bitsandbytes.functional`; its import warns and logs about what it lacks on a CPU."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import bitsandbytes.functional
+    return bitsandbytes.functional
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scratch tensor and every new output is NaN until written."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.numel():
+                tensor.view(-1).view(torch.uint8).fill_(0xFF)
+            return tensor
+
+        return wrapper
+
+    monkeypatch.setattr(Workspace, "take", poisoned(Workspace.take))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Torch's number of threads during the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
