@@ -1,11 +1,15 @@
+import hashlib
 import json
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from lorasrv_adapters.checkpoint import write_checkpoint
+from lorasrv_adapters.image import AdapterImage
+from lorasrv_adapters.records import AdapterRecord, LoadedAdapter, RankSummary
 from torch import Tensor
 
 
@@ -75,3 +79,74 @@ def pack_safetensors() -> Callable[..., bytes]:
         return struct.pack("<Q", len(content) if length is None else length) + content + data
 
     return pack
+
+
+class FakeLoader:
+    """Loads sources of the form "place:content"; the content decides the digest, and a test may change it."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.num_loads = 0
+        self.failure: Exception | None = None
+        self.started = threading.Semaphore(0)
+        self.gate: threading.Event | None = None
+        self._lock = threading.Lock()
+
+    def load(self, source: str) -> LoadedAdapter:
+        with self._lock:
+            self.num_loads += 1
+        self.started.release()
+        if self.gate is not None:
+            self.gate.wait(timeout=30)
+        if self.failure is not None:
+            raise self.failure
+        place, _, content = source.partition(":")
+        return loaded_adapter(self.places.get(place, content))
+
+
+def loaded_adapter(content: str) -> LoadedAdapter:
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    flat = torch.full((64,), float(int(digest[:4], 16)))
+    table = torch.tensor([[0, 32, -1, 1]], dtype=torch.int64)
+    return LoadedAdapter(
+        digest=digest,
+        kind="lora",
+        ranks=RankSummary(min=1, max=1, sum=1),
+        num_modules=1,
+        image=AdapterImage(flat=flat, table=table),
+    )
+
+
+class RecordingObserver:
+    """Notes what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, object]] = []
+
+    def adapter_loaded(self, record: AdapterRecord, seconds: float) -> None:
+        self.events.append(("loaded", record.adapter_id))
+        assert seconds >= 0
+
+    def adapter_load_failed(self, reason: str) -> None:
+        self.events.append(("failed", reason))
+
+    def adapter_unloaded(self, adapter_id: str) -> None:
+        self.events.append(("unloaded", adapter_id))
+
+    def adapter_evicted(self, level: str) -> None:
+        self.events.append(("evicted", level))
+
+
+@pytest.fixture
+def loader() -> FakeLoader:
+    return FakeLoader()
+
+
+@pytest.fixture
+def new_loader() -> type[FakeLoader]:
+    return FakeLoader
+
+
+@pytest.fixture
+def observer() -> RecordingObserver:
+    return RecordingObserver()
