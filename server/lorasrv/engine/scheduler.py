@@ -168,11 +168,10 @@ class Scheduler:
             index += 1
             if sequence.num_pending_tokens == 1 and self._grow(sequence):
                 scheduled.append(_part(sequence, 1))
-        budget = self.limits.max_batched_tokens - len(scheduled)
+        # whoever is admitted gets the rest of the budget, so one at most is left in the middle of its prompt
         for sequence in self.running:
-            if sequence.num_pending_tokens > 1 and budget:
-                scheduled.append(_part(sequence, budget))
-                budget -= scheduled[-1].num_tokens
+            if sequence.num_pending_tokens > 1:
+                scheduled.append(_part(sequence, self.limits.max_batched_tokens - len(scheduled)))
         return scheduled
 
     def _grow(self, sequence: Sequence) -> bool:
