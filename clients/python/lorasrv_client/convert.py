@@ -64,7 +64,8 @@ def generate_request(
     unknown = sorted(sampling.keys() - SamplingOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"no such sampling option: {', '.join(unknown)}")
-    options: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    # None stays unset, as everywhere in protobuf
+    options: dict[str, Any] = dict(sampling)
     if isinstance(prompt, str):
         return generation_pb2.GenerateRequest(adapter_id=adapter_id, prompt=prompt, **options)
     return generation_pb2.GenerateRequest(adapter_id=adapter_id, token_ids=prompt, **options)

@@ -3,7 +3,6 @@
 import argparse
 
 from lorasrv.cli.environment import resolve_from_process
-from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import add_flags
 from lorasrv.config import ServeConfig
 
@@ -22,12 +21,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve; returns when the server has drained."""
+    """Serve until told to stop; the server knows the exit status."""
     config = resolve_from_process(ServeConfig, arguments)
     # torch comes with these; a wrong flag should not wait for it
     from lorasrv.logs import configure_logging
     from lorasrv.rpc.app import serve
 
     configure_logging(format=config.log_format, level=config.log_level)
-    serve(config)
-    return ExitCode.OK
+    return serve(config)

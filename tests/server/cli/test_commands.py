@@ -148,7 +148,7 @@ def served(monkeypatch):
     """What `serve` was called with; the real one is not imported."""
     calls = []
     app = type(sys)("lorasrv.rpc.app")
-    app.serve = lambda config: calls.append(config) or 0
+    app.serve = lambda config: calls.append(config) or 130
     logs = type(sys)("lorasrv.logs")
     logs.configure_logging = lambda **options: calls.append(options)
     monkeypatch.setitem(sys.modules, "lorasrv.rpc.app", app)
@@ -160,7 +160,7 @@ def test_serve_hands_over_the_configuration(lorasrv, served, tmp_path, monkeypat
     file = tmp_path / "c.yaml"
     file.write_text("max_rank: 4\nlog_format: json\n")
     monkeypatch.setenv("LORASRV_CONFIG", str(file))
-    assert lorasrv("serve", "models/x", "--port", 0, "--adapter", "a=/x").code == 0
+    assert lorasrv("serve", "models/x", "--port", 0, "--adapter", "a=/x").code == 130
     logging, config = served
     assert logging == {"format": "json", "level": "info"}
     assert (config.base, config.port, config.max_rank, config.adapters) == ("models/x", 0, 4, (("a", "/x"),))
