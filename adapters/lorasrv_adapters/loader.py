@@ -6,17 +6,20 @@ It knows a base by its interface, and the limits of the device it packs for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorasrv_adapters.checkpoint import read_checkpoint
 from lorasrv_adapters.errors import AdapterIncompatibleError
-from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.image import pack_image
 from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter
 from lorasrv_adapters.records import LoadedAdapter, RankSummary
 from lorasrv_adapters.source import resolve
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WeightLimits
+
+if TYPE_CHECKING:
+    from lorasrv_adapters.hub import HubSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,7 @@ class CheckpointLoader:
     dtype: torch.dtype
     max_rank: int
     roots: Sequence[Path]
-    hub: HubSource | None = None
+    hub: "HubSource | None" = None
     limits: WeightLimits = DEFAULT_LIMITS
 
     def load(self, source: str) -> LoadedAdapter:

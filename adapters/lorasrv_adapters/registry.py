@@ -31,7 +31,15 @@ from lorasrv_adapters.records import (
 from lorasrv_adapters.references import check_adapter_id, parse_reference
 from lorasrv_adapters.single_flight import SingleFlight
 
-__all__ = ["AdapterLease", "AdapterRecord", "AdapterRegistry"]
+__all__ = [
+    "AdapterLease",
+    "AdapterLoader",
+    "AdapterObserver",
+    "AdapterRecord",
+    "AdapterRegistry",
+    "LoadedAdapter",
+    "RankSummary",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

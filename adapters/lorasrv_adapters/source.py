@@ -5,14 +5,17 @@ It knows paths and permissions; what a folder holds is `checkpoint`'s business.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasrv_adapters.errors import SourceNotAllowedError, SourceNotFoundError
-from lorasrv_adapters.hub import HubSource
+
+if TYPE_CHECKING:
+    from lorasrv_adapters.hub import HubSource
 
 HUB_PREFIX = "hf:"
 
 
-def resolve(source: str, *, roots: Sequence[Path], hub: HubSource | None) -> Path:
+def resolve(source: str, *, roots: Sequence[Path], hub: "HubSource | None") -> Path:
     """Return the folder a source names.
 
     Args:

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*r. is not used in AdaLora.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module is:UserWarning"),
     # said of AdaLoRA's own keys, and of modules pruned to rank 0
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape.*:UserWarning"),
@@ -39,7 +40,6 @@ CASES = {
         "init_lora_weights": "gaussian",
         "target_modules": ATTENTION,
     },
-    "lora-fan-in-fan-out": {"r": 2, "target_modules": ATTENTION, "fan_in_fan_out": False},
     "lora-patterns": {
         "r": 4,
         "lora_alpha": 10,
@@ -117,16 +117,25 @@ def save_adalora(folder: Path, *, masks: dict[str, list[bool]] | None) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.fixture(params=[*CASES, "adalora", "adalora-unpruned", "adalora-zeroed"])
+@pytest.fixture(params=[*CASES, "dora-inert", "adalora", "adalora-unpruned", "adalora-zeroed"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     if request.param in CASES:
         save_lora(folder, CASES[request.param])
         return folder
+    if request.param == "dora-inert":
+        save_lora(folder, CASES["dora"])
+        change_config(folder, fan_in_fan_out=True, qalora_group_size=3, megatron_core="nothing", revision="main")
+        return folder
     save_adalora(folder, masks=MASKS if request.param == "adalora" else None)
     if request.param == "adalora-zeroed":
         zero_some_singular_values(folder)
     return folder
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def zero_some_singular_values(folder: Path) -> None:

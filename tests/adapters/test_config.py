@@ -177,6 +177,7 @@ def test_the_canonical_form_changes_with_the_result_and_with_nothing_else() -> N
         digest_text(r=5, lora_alpha=16),
         digest_text(r=4, lora_alpha=16, use_rslora=True),
         digest_text(r=4, lora_alpha=16, use_dora=True),
+        digest_text(r=4, lora_alpha=16, use_dora=True, use_rslora=True),
         digest_text(r=4, lora_alpha=16, rank_pattern={"a": 1, "b": 2}),
         digest_text(r=4, lora_alpha=16, rank_pattern={"b": 2, "a": 1}),
         digest_text(r=4, lora_alpha=16, alpha_pattern={"a": 1}),
