@@ -24,6 +24,7 @@ from lorasrv_proto.v1.server_pb2_grpc import ServerServiceStub
 
 LIMITS = RequestLimits(max_model_len=64, vocab_size=256)
 DEFAULTS = SamplingParams(max_new_tokens=32)
+NUM_THREADS = 4
 PIECES = ("Once", " upon", "", " a time")
 
 
@@ -285,7 +286,7 @@ async def bound(
     streams = OutputStreams(asyncio.get_running_loop(), max_pending=max_pending)
     engine.on_outputs = streams.on_outputs
     health = Health()
-    with ThreadPoolExecutor(max_workers=4) as executor:
+    with ThreadPoolExecutor(NUM_THREADS) as executor:
         server = build_server(
             Servicers(
                 generation=GenerationServicer(

@@ -96,10 +96,5 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             self._observer.adapter_load_finished(result=result, duration_seconds=self._clock() - began_seconds)
 
     async def _in_executor(self, function: Callable[[], T]) -> T:
-        running = asyncio.wrap_future(self._executor.submit(function))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # read the result that nobody waits for, or asyncio would complain that an error was never seen
-            running.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
+        # shielded: what waits for a thread is done even if its caller leaves
+        return await asyncio.shield(asyncio.wrap_future(self._executor.submit(function)))

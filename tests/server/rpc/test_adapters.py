@@ -6,7 +6,7 @@ import grpc
 import pytest
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_proto.v1 import adapters_pb2 as pb
-from rpc_fakes import FakeRecord, serving
+from rpc_fakes import NUM_THREADS, FakeRecord, serving
 
 
 def test_load_then_get_then_unload() -> None:
@@ -69,6 +69,24 @@ def test_the_deadline_ends_the_wait_and_not_the_load() -> None:
             service.registry.may_go_on.set()
             assert await asyncio.to_thread(service.registry.loaded.wait, 10)
             assert "poet" in service.registry.records
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_waits_for_a_thread_is_done_though_its_caller_left() -> None:
+    async def scenario() -> None:
+        async with serving() as service:
+            service.registry.may_go_on.clear()
+            names = [f"poet-{number}" for number in range(NUM_THREADS + 1)]
+            for name in names:
+                request = pb.LoadAdapterRequest(adapter_id=name, source="/adapters/poet")
+                call = service.adapters.LoadAdapter(request, timeout=0.3)
+                if name == names[-1]:
+                    assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            service.registry.may_go_on.set()
+            # a pool of threads takes its work in order, so what comes last ends after all the others began
+            await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter_id="last", source="/adapters/poet"))
+            assert {*names, "last"} <= set(service.registry.records)
 
     asyncio.run(scenario())
 

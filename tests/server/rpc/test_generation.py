@@ -103,6 +103,9 @@ def test_a_chunk_arrives_before_the_answer_is_complete() -> None:
             request = await asyncio.wait_for(service.engine.submitted.get(), 10)
             service.engine.emit(RequestOutput(request_id=request.request_id, text="On", token_ids=(1,)))
             assert (await call.read()).chunk.text == "On"
+            service.engine.emit(RequestOutput(request_id=request.request_id, token_ids=(2,)))
+            silent = (await call.read()).chunk
+            assert (silent.text, list(silent.token_ids)) == ("", [2])
             call.cancel()
             await _gone(service)
 
