@@ -137,11 +137,17 @@ def test_waiting_has_its_own_limit_and_running_has_not(make_bench: MakeBench) ->
     bench.submit("r", adapter="a")
     bench.clock.now += 6
     gate.set()
-    plug, last = bench.outputs.wait("plug 1", "r")
-    assert plug.finish is not None
+    [last] = bench.outputs.wait("r")
     assert isinstance(last.error, QueueTimeoutError)
     assert last.error.waited_seconds == 6.0
     assert last.error.retry_after_seconds > 0
+
+    def step_takes_longer() -> None:
+        bench.clock.now += 6
+
+    bench.runner.on_step = step_takes_longer
+    bench.submit("runs for long", max_new_tokens=3)
+    assert bench.outputs.wait("runs for long")[0].finish is not None
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
