@@ -1,18 +1,18 @@
 """Everything a server has below its services: model, adapters, device memory, metrics.
 
-Resolves what the configuration leaves to the machine. Knows neither gRPC nor protobuf messages.
+Knows how they depend on the configuration and on each other; touches no tensor, no message and no connection.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub.constants
-import torch
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.loader import CheckpointLoader
+from lorasrv_adapters.normalize import BaseModules
 from lorasrv_adapters.records import SilentObserver
 from lorasrv_adapters.registry import AdapterRegistry
 from lorasrv_kernels.cpu import library
@@ -20,14 +20,14 @@ from lorasrv_kernels.cpu import library
 from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
+from lorasrv.engine.device import default_kv_bytes, resolve_device, resolve_dtype
 from lorasrv.engine.engine import Engine
-from lorasrv.engine.kv_cache import BLOCK_TOKENS, BlockAllocator
+from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.observer import EngineStats
 from lorasrv.engine.request import RequestOutput, SamplingParams
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
-from lorasrv.errors import ConfigError
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
 from lorasrv.model.generation import read_generation_defaults
 from lorasrv.model.hub import download_model, is_hub_reference
@@ -36,9 +36,6 @@ from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv.rpc.convert.generation import RequestLimits
 from lorasrv.rpc.convert.server import ServerFacts
-
-# of the memory that is free when the KV cache is sized
-_KV_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +71,10 @@ class Backend:
             ModelLoadError: the base cannot be served.
             AdapterError: an adapter cannot be served.
         """
-        device = _device(config)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
         folder = _base_folder(config)
-        model = load_model(folder, dtype=_dtype(config, device), device=device, max_positions=config.max_model_len)
+        model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
         registry = AdapterRegistry(_loader(config, model), cache, observer=_Evictions(metrics))
@@ -144,21 +142,6 @@ class _Evictions(SilentObserver):
         self._metrics.adapter_evicted(level=level)
 
 
-def _device(config: ServeConfig) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
-    return torch.device("cuda:0" if has_cuda and config.device != "cpu" else "cpu")
-
-
-def _dtype(config: ServeConfig, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
-    # a CPU without bfloat16 instructions multiplies it many times slower than float32
-    has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
 def _base_folder(config: ServeConfig) -> Path:
     if config.base is None:
         return embedded_base()
@@ -171,7 +154,8 @@ def _loader(config: ServeConfig, model: LlamaModel) -> CheckpointLoader:
     downloads = Path(huggingface_hub.constants.HF_HOME) / "lorasrv-adapters"
     hub = HubSource(allowed=_allowed_repositories(config), folder=downloads)
     return CheckpointLoader(
-        base=model.base,
+        # pyright does not take a functools.cached_property for the property it is
+        base=cast(BaseModules, model.base),
         dtype=model.dtype,
         max_rank=config.max_rank,
         roots=config.allowed_roots,
@@ -195,21 +179,10 @@ def _memory(config: ServeConfig, model: LlamaModel) -> DeviceMemory:
         list(model.base.modules.values()),
         dtype=model.dtype,
         device=model.device,
-        kv_bytes=_kv_bytes(model, max_num_seqs=config.max_num_seqs) if config.kv_bytes is None else config.kv_bytes,
+        kv_bytes=config.kv_bytes or default_kv_bytes(model, max_num_seqs=config.max_num_seqs),
         max_rank=config.max_rank,
         max_adapters=config.max_adapters,
     )
-
-
-def _kv_bytes(model: LlamaModel, *, max_num_seqs: int) -> int:
-    """As much as the longest sequences could need, or a share of what is free if that is less."""
-    blocks_per_sequence = -(-model.max_positions // BLOCK_TOKENS)
-    wanted = max_num_seqs * blocks_per_sequence * DeviceMemory.block_elements(model.config) * model.dtype.itemsize
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(wanted, int(free * _KV_SHARE))
 
 
 def _facts(config: ServeConfig, model: LlamaModel, *, folder: Path) -> ServerFacts:

@@ -70,7 +70,9 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
         self._observer = observer
 
     async def GetServerInfo(
-        self, _: server_pb2.GetServerInfoRequest, context: Context
+        self,
+        request: server_pb2.GetServerInfoRequest,  # noqa: ARG002
+        context: Context,
     ) -> server_pb2.GetServerInfoResponse:
         """Reports what the server is and what it is doing."""
         async with served("GetServerInfo", context, observer=self._observer):

@@ -1,0 +1,50 @@
+"""What "auto" means on this machine: device, dtype, and memory for the KV cache.
+
+Looks at the machine when asked, never at import. Knows the model's sizes; knows no request.
+"""
+
+import os
+
+import torch
+
+from lorasrv.engine.kv_cache import num_blocks_for
+from lorasrv.engine.memory import DeviceMemory
+from lorasrv.errors import ConfigError
+from lorasrv.model.llama import LlamaModel
+
+# of the memory that is free when the KV cache is sized
+_KV_SHARE = 0.25
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device for "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
+    return torch.device("cuda:0" if has_cuda and name != "cpu" else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of activations for "auto" or a dtype's name."""
+    if name != "auto":
+        return _DTYPES[name]
+    # a CPU without bfloat16 instructions multiplies it many times slower than float32
+    has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def default_kv_bytes(model: LlamaModel, *, max_num_seqs: int) -> int:
+    """Returns bytes for as many of the longest sequences as may run, or a share of what is free if that is less."""
+    num_blocks = max_num_seqs * num_blocks_for(model.max_positions)
+    wanted = num_blocks * DeviceMemory.block_elements(model.config) * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted, int(free * _KV_SHARE))
