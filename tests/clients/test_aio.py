@@ -12,7 +12,8 @@ def test_every_call_answers_as_the_synchronous_client(server):
         async with AsyncClient(server.target) as client:
             loaded = await client.load_adapter("dora", "/x", replace=True)
             assert await client.get_adapter("dora") == loaded
-            assert [adapter async for adapter in client.list_adapters(page_size=1)] == [loaded]
+            other = await client.load_adapter("lora", "/y")
+            assert [adapter async for adapter in client.list_adapters(page_size=1)] == [loaded, other]
             whole = await client.generate("The sea", adapter_id="dora", max_new_tokens=4, seed=1)
             async with client.stream("The sea", adapter_id="dora", max_new_tokens=4, seed=1) as stream:
                 pieces = [chunk.text async for chunk in stream]

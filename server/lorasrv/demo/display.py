@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -94,7 +95,8 @@ def print_report(report: Report) -> None:
     """Write the closing table to stdout."""
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _PLAIN_WIDTH)
-    table = Table("adapter", "kind", "ranks", "text", pad_edge=False)
+    table = Table("adapter", "kind", "ranks", box=box.ROUNDED)
+    table.add_column("text", overflow="fold")
     table.add_column("tokens", justify="right")
     table.add_column("first token", justify="right", no_wrap=True)
     colours = _colours([answer.adapter_id for answer in report.answers])
