@@ -1,1 +1,1 @@
-"""The `lorasrv` command: parses into frozen configuration and calls. What a command does is in other packages."""
+"""The `lorasrv` command: parses into frozen configuration and calls. What the commands do is in other packages."""
