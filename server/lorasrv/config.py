@@ -85,7 +85,13 @@ class ServeConfig:
     kv_bytes: int | None = setting(
         None,
         size,
-        "Device memory shared by the KV cache and adapters, in bytes. Default: sized at start.",
+        "Device memory for the KV cache, in bytes. Default: sized at start.",
+        metavar="SIZE",
+    )
+    adapter_bytes: int | None = setting(
+        None,
+        size,
+        "Device memory for adapters, in bytes. Default: eight of the highest rank.",
         metavar="SIZE",
     )
     max_rank: int = setting(128, integer, "The highest rank an adapter may have in one module.", metavar="R")
@@ -172,6 +178,7 @@ _LIMITS: tuple[tuple[str, int, int | None], ...] = (
     ("max_num_seqs", 1, None),
     ("max_batched_tokens", 1, None),
     ("kv_bytes", 1, None),
+    ("adapter_bytes", 1, None),
     ("max_rank", 1, None),
     ("max_adapters", 1, None),
     ("max_queue", 1, None),

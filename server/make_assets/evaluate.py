@@ -41,6 +41,7 @@ class Scorer:
             dtype=torch.bfloat16,
             device="cpu",
             kv_bytes=64 << 20,
+            adapter_bytes=16 << 20,
             max_rank=32,
             max_adapters=len(STYLES),
         )

@@ -97,8 +97,10 @@ def run_engine(
     *,
     arrival_seed: int | None = None,
     num_blocks: int = 64,
+    max_num_seqs: int = 32,
     max_batched_tokens: int = 2048,
     max_adapters: int = 8,
+    adapter_bytes: int = 8 << 20,
 ) -> Run:
     """Runs requests to their end; with an arrival seed a few at a time, in random order, between steps."""
     shapes = list(served.model.base.modules.values())
@@ -109,11 +111,12 @@ def run_engine(
         dtype=served.model.dtype,
         device="cpu",
         kv_bytes=num_blocks * block_elements * served.model.dtype.itemsize,
-        max_rank=64,
+        adapter_bytes=adapter_bytes,
+        max_rank=32,
         max_adapters=max_adapters,
     )
     runner = RecordingRunner(served.model, memory)
-    limits = SchedulerLimits(max_num_seqs=32, max_batched_tokens=max_batched_tokens, max_model_len=512)
+    limits = SchedulerLimits(max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_model_len=512)
     scheduler = Scheduler(limits, BlockAllocator(num_blocks), memory)
     arrived: queue.Queue[list[RequestOutput]] = queue.Queue()
     engine = Engine(runner, scheduler, served.tokenizer, max_queue=100, on_outputs=arrived.put)

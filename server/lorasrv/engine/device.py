@@ -1,4 +1,4 @@
-"""What "auto" means on this machine: device, dtype, and memory for the KV cache.
+"""What "auto" means on this machine: device, dtype, and memory for the KV cache and the adapters.
 
 Looks at the machine when asked, never at import. Knows the model's sizes; knows no request.
 """
@@ -8,12 +8,13 @@ import os
 import torch
 
 from lorasrv.engine.kv_cache import num_blocks_for
-from lorasrv.engine.memory import DeviceMemory
+from lorasrv.engine.memory import DeviceMemory, image_elements
 from lorasrv.errors import ConfigError
 from lorasrv.model.llama import LlamaModel
 
 # of the memory that is free when the KV cache is sized
 _KV_SHARE = 0.25
+_NUM_LARGEST_ADAPTERS = 8
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -37,6 +38,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     # a CPU without bfloat16 instructions multiplies it many times slower than float32
     has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def default_adapter_bytes(model: LlamaModel, *, max_rank: int) -> int:
+    """Returns bytes for a few adapters of the highest rank on all modules, which is many of the usual ones."""
+    shapes = list(model.base.modules.values())
+    return _NUM_LARGEST_ADAPTERS * image_elements(shapes, rank=max_rank, dtype=model.dtype) * model.dtype.itemsize
 
 
 def default_kv_bytes(model: LlamaModel, *, max_num_seqs: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from lorasrv_adapters.image import ALIGN_ELEMENTS, AdapterImage
+from lorasrv_adapters.records import AdapterObserver
 from lorasrv_adapters.slots import AdapterSlots
 from lorasrv_kernels.attention import BLOCK_TOKENS
 from torch import Tensor
@@ -24,8 +25,11 @@ class DeviceMemory:
         module_shapes: (O, I) of every module an adapter may target, in the model's order.
         dtype: of the model; the cache and the rank rows have it, too.
         kv_bytes: bytes for KV blocks; at least one block is made.
+        adapter_bytes: bytes for adapters; room for one of `max_rank` on all modules is always made, so that every
+            adapter that was loaded fits once the others are idle.
         max_rank: largest rank of one module; larger adapters are refused when they are loaded.
         max_adapters: adapters on the device at once.
+        observer: told of evictions; None: nobody is.
     """
 
     def __init__(
@@ -36,19 +40,25 @@ class DeviceMemory:
         dtype: torch.dtype,
         device: torch.device | str,
         kv_bytes: int,
+        adapter_bytes: int,
         max_rank: int,
         max_adapters: int,
+        observer: AdapterObserver | None = None,
     ) -> None:
         block_shape = (config.num_layers, 2, config.num_kv_heads, BLOCK_TOKENS, config.head_size)
         block_elements = self.block_elements(config)
         self.layout = Arena(
             num_blocks=max(1, kv_bytes // (block_elements * dtype.itemsize)),
             block_elements=block_elements,
-            extent_elements=max_adapters * image_elements(module_shapes, rank=max_rank, dtype=dtype),
+            extent_elements=max(
+                adapter_bytes // dtype.itemsize, image_elements(module_shapes, rank=max_rank, dtype=dtype)
+            ),
         )
         self.arena = torch.empty(self.layout.num_elements, dtype=dtype, device=device)
         self.kv_cache = self.arena[: self.layout.kv_elements].view(self.layout.num_blocks, *block_shape)
-        self.slots = AdapterSlots(self.arena, self.layout, num_modules=len(module_shapes), max_adapters=max_adapters)
+        self.slots = AdapterSlots(
+            self.arena, self.layout, num_modules=len(module_shapes), max_adapters=max_adapters, observer=observer
+        )
 
     @staticmethod
     def block_elements(config: ModelConfig) -> int:

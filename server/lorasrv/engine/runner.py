@@ -40,7 +40,9 @@ class ModelRunner:
             One token for each scheduled sequence that samples, in the step's order.
         """
         tokens = [token for part in step.sequences for token in _tokens(part)]
-        hidden = self._model.forward(torch.tensor(tokens), self._lay_out(step.sequences))
+        hidden = self._model.forward(
+            torch.tensor(tokens, device=self._memory.arena.device), self._lay_out(step.sequences)
+        )
         ends = torch.tensor([part.num_tokens for part in step.sequences]).cumsum(0) - 1
         sampling = [index for index, part in enumerate(step.sequences) if part.samples]
         if not sampling:

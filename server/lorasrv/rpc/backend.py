@@ -20,7 +20,7 @@ from lorasrv_kernels.cpu import library
 from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
-from lorasrv.engine.device import default_kv_bytes, resolve_device, resolve_dtype
+from lorasrv.engine.device import default_adapter_bytes, default_kv_bytes, resolve_device, resolve_dtype
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
@@ -85,7 +85,7 @@ class Backend:
             facts=_facts(config, model, folder=folder),
             model=model,
             tokenizer=Tokenizer(folder),
-            memory=_memory(config, model),
+            memory=_memory(config, model, metrics),
             registry=registry,
             cache=cache,
             metrics=metrics,
@@ -173,15 +173,17 @@ def _source(source: str) -> str:
     return source if source.startswith(HUB_PREFIX) else str(Path(source).expanduser().absolute())
 
 
-def _memory(config: ServeConfig, model: LlamaModel) -> DeviceMemory:
+def _memory(config: ServeConfig, model: LlamaModel, metrics: ServerMetrics) -> DeviceMemory:
     return DeviceMemory(
         model.config,
         list(model.base.modules.values()),
         dtype=model.dtype,
         device=model.device,
         kv_bytes=config.kv_bytes or default_kv_bytes(model, max_num_seqs=config.max_num_seqs),
+        adapter_bytes=config.adapter_bytes or default_adapter_bytes(model, max_rank=config.max_rank),
         max_rank=config.max_rank,
         max_adapters=config.max_adapters,
+        observer=_Evictions(metrics),
     )
 
 

@@ -61,6 +61,7 @@ VALUES = {
     "max_num_seqs": ("5", 5),
     "max_batched_tokens": ("77", 77),
     "kv_bytes": ("512MiB", 512 * 1024**2),
+    "adapter_bytes": ("1GB", 10**9),
     "max_rank": ("9", 9),
     "max_adapters": ("9", 9),
     "max_queue": ("9", 9),
