@@ -24,7 +24,10 @@ class Workspace:
         views = self._views.setdefault((name, device), {})
         view = views.get((dtype, shape))
         if view is None:
-            view = self._buffer(name, shape, dtype, device).view(dtype).view(shape)
+            # ordinary tensors, so that both inference mode and training may write to them; under inference mode
+            # view(dtype) makes an inference tensor even of an ordinary one
+            with torch.inference_mode(mode=False):
+                view = self._buffer(name, shape, dtype, device).view(dtype).view(shape)
             # looked up after growing, which drops the views of the smaller buffer
             self._views[name, device][dtype, shape] = view
         return view
@@ -40,9 +43,7 @@ class Workspace:
             num_bytes *= size
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.nbytes < num_bytes:
-            # an ordinary tensor, so that both inference mode and training may write to it
-            with torch.inference_mode(mode=False):
-                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             self._buffers[name, device] = buffer
             self._views[name, device] = {}
         return buffer[:num_bytes]

@@ -109,6 +109,15 @@ def test_gradient_is_that_of_the_dense_layer(dtype: torch.dtype) -> None:
     assert torch.equal(x.grad, upstream @ dequantize(weight, dtype=dtype))
 
 
+def test_training_after_serving_uses_the_same_scratch() -> None:
+    """Scratch memory first taken under inference mode can still be written outside it."""
+    weight = fused((37,), 192)
+    x = torch.randn(3, 192)
+    with torch.inference_mode():
+        expected = nf4_linear(x, weight, out=torch.empty(3, 37)).clone()
+    assert torch.equal(nf4_linear(x, weight), expected)
+
+
 def test_serving_between_two_training_steps_keeps_the_gradient() -> None:
     weight = fused((32,), 64)
     x = torch.randn(5, 64, requires_grad=True)
