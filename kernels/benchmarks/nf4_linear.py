@@ -1,0 +1,121 @@
+"""Times the NF4 linear layer against bitsandbytes' dequantization with `F.linear`, and against a dense `F.linear`.
+
+    python kernels/benchmarks/nf4_linear.py [--threads 2] [--pairs 15] [--shapes 256x256,704x256,4096x4096]
+
+Candidate and baseline alternate (ABBA), so that both see the same machine; a ratio is that of one pair. Beside them
+stands the candidate against itself: a ratio within its spread says nothing. Timed only if the results agree.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lorasrv_kernels.dense import dense_linear
+from lorasrv_kernels.nf4 import dequantize, native, nf4_linear, quantize
+from torch import Tensor
+from torch.nn.functional import linear
+
+MIN_SECONDS = 0.004
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+Run = Callable[[], object]
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--shapes", default="256x256,704x256,4096x4096")
+    parser.add_argument("--tokens", default="1,16,256")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs, ", end="")
+    print(f"native instruction set {native.widest_isa()}\n")
+    print("| weight | dtype | T | nf4_linear_ ms | itself | dequantize_4bit + F.linear | F.linear | dense_linear_ |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in arguments.shapes.split(","):
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in arguments.tokens.split(","):
+                rows, columns = (int(size) for size in shape.split("x"))
+                with torch.inference_mode():
+                    cells = row(rows, columns, int(tokens), dtype, pairs=arguments.pairs)
+                print(f"| {shape} | {str(dtype)[6:]} | {tokens} | {' | '.join(cells)} |", flush=True)
+
+
+def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype, *, pairs: int) -> list[str]:
+    """The cells of one configuration: milliseconds, then ratios candidate / baseline."""
+    source = torch.randn(out_features, in_features).to(dtype)
+    weight = quantize(source)
+    dense = dequantize(weight, dtype=dtype)
+    x = torch.randn(num_tokens, in_features).to(dtype)
+    out, dense_out = torch.empty(2, num_tokens, out_features, dtype=dtype)
+    from_bitsandbytes = bitsandbytes_linear(source, x)
+
+    def candidate() -> Tensor:
+        return nf4_linear(x, weight, out=out)
+
+    baselines: list[Callable[[], Tensor]] = [
+        candidate,
+        from_bitsandbytes,
+        lambda: linear(x, dense),
+        lambda: dense_linear(x, dense, out=dense_out),
+    ]
+    expected = x.double() @ dense.double().T
+    for baseline in baselines:
+        error = float((baseline().double() - expected).norm() / expected.norm())
+        if error > TOLERANCE[dtype]:
+            raise SystemExit(f"wrong result: relative error {error:.2e}")
+    results = [compare(candidate, baseline, pairs=pairs) for baseline in baselines]
+    return [f"{1e3 * results[0][0]:.3f}"] + [
+        f"{middle:.2f} [{low:.2f}, {high:.2f}]" for _, low, middle, high in results
+    ]
+
+
+def bitsandbytes_linear(source: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    """The same layer as bitsandbytes runs it on a CPU: a fresh dense matrix at every call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bitsandbytes import functional
+    packed, state = functional.quantize_4bit(source, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return lambda: linear(x, functional.dequantize_4bit(packed, state))
+
+
+def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
+    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
+    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
+    times, ratios = [], []
+    for pair in range(pairs):
+        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
+        first, second = (once(run, repeats[run]) for run in order)
+        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
+        times.append(seconds)
+        ratios.append(seconds / other)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(times), low, middle, high
+
+
+def once(run: Run, repeats: int) -> float:
+    """Seconds per call."""
+    run()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
