@@ -56,6 +56,15 @@ def test_same_bytes_at_the_borders_of_levels(bitsandbytes: ModuleType, scale: fl
     assert_same_bytes(bitsandbytes, weight, quantize(weight))
 
 
+def test_same_bytes_at_the_borders_in_a_short_block(bitsandbytes: ModuleType) -> None:
+    """A short last block is divided by its absmax, a full one multiplied by the reciprocal."""
+    torch.manual_seed(0)
+    values = torch.cat([level_midpoints(CPU), levels(CPU)])
+    for scale in torch.rand(100) * 3:
+        weight = (values * scale)[None]
+        assert_same_bytes(bitsandbytes, weight, quantize(weight))
+
+
 def test_same_bytes_for_scales_spread_over_many_decades(bitsandbytes: ModuleType) -> None:
     """Nested codes are found on a grid that is coarser than the codes near zero."""
     torch.manual_seed(1)
