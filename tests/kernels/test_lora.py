@@ -94,11 +94,12 @@ def test_equals_the_dense_formula(kind: str, tokens: int, dtype: torch.dtype) ->
     )
 
 
+@pytest.mark.parametrize("in_features", [63, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_neighbours_change_no_bit(dtype: torch.dtype) -> None:
+def test_neighbours_change_no_bit(dtype: torch.dtype, in_features: int) -> None:
     out_features = [96, 64]
-    arena = Arena(128, out_features, dtype)
-    x, y = torch.randn(100, 128).to(dtype), torch.randn(100, 160).to(dtype)
+    arena = Arena(in_features, out_features, dtype)
+    x, y = torch.randn(100, in_features).to(dtype), torch.randn(100, 160).to(dtype)
     slots = popularity("uniform", 100)
     mixed = apply(arena, y, x, slots, out_features)
     for row in range(100):

@@ -37,7 +37,8 @@ def lora_apply_(
     starts = tile_starts.tolist()
     for tile, slot in enumerate(tile_slots.tolist()):
         tile_rows = rows[starts[tile] : starts[tile + 1]]
-        x_tile = x.new_zeros(TILE_ROWS, x.shape[1], dtype=torch.float32)
+        # rows on 16-byte borders, because the library's narrow products add in another order where they are not
+        x_tile = x.new_zeros(TILE_ROWS, -(-x.shape[1] // 4) * 4, dtype=torch.float32)[:, : x.shape[1]]
         x_tile[: len(tile_rows)] = x[tile_rows].float()
         tile_weights = weights[starts[tile] : starts[tile + 1], None]
         start = 0
