@@ -2,8 +2,8 @@
 
     python server/make_assets/adapters.py BASE_FOLDER STYLES_FOLDER --out DIR [--only NAME]
 
-A LoRA on Shakespeare, a DoRA on Whitman, an AdaLoRA with pruned ranks on The Devil's Dictionary, each on
-all linear layers and on the first 95 % of its text. Writes one PEFT folder an adapter, in bfloat16.
+A LoRA on Shakespeare, a DoRA on Whitman, an AdaLoRA with pruned ranks on The Devil's Dictionary and an rsLoRA on the
+Federalist papers, each on all linear layers and on the first 95 % of its text. Writes one PEFT folder an adapter, in bfloat16.
 """
 
 import argparse
@@ -47,7 +47,13 @@ def recipes() -> dict[str, Recipe]:
         ),
         "whitman": Recipe(
             text="leaves_of_grass.txt",
-            config=LoraConfig(r=6, lora_alpha=12, use_dora=True, **shared),
+            config=LoraConfig(r=4, lora_alpha=8, use_dora=True, **shared),
+            steps=400,
+            learning_rate=4e-3,
+        ),
+        "federalist": Recipe(
+            text="federalist_papers.txt",
+            config=LoraConfig(r=4, lora_alpha=4, use_rslora=True, **shared),
             steps=400,
             learning_rate=4e-3,
         ),
@@ -55,9 +61,9 @@ def recipes() -> dict[str, Recipe]:
             text="devils_dictionary.txt",
             # alpha / init_r = 2 as for the others; the divisor stays init_r when ranks are pruned
             config=AdaLoraConfig(
-                init_r=10,
-                target_r=5,
-                lora_alpha=20,
+                init_r=8,
+                target_r=4,
+                lora_alpha=16,
                 tinit=50,
                 tfinal=150,
                 deltaT=5,

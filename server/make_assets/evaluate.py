@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 STYLES = {
     "shakespeare": "shakespeare_plays.txt",
     "whitman": "leaves_of_grass.txt",
+    "federalist": "federalist_papers.txt",
     "devils_dictionary": "devils_dictionary.txt",
 }
 WINDOWS_AT_ONCE = 8
