@@ -3,7 +3,7 @@
     python server/make_assets/adapters.py BASE_FOLDER STYLES_FOLDER --out DIR [--only NAME]
 
 A LoRA on Shakespeare, a DoRA on Whitman, an AdaLoRA with pruned ranks on The Devil's Dictionary and an rsLoRA on the
-Federalist papers, each on all linear layers and on the first 95 % of its text. Writes one PEFT folder an adapter, in bfloat16.
+Federalist papers, each on all linear layers and on the first 95 % of its text. Writes PEFT folders in bfloat16.
 """
 
 import argparse
