@@ -39,11 +39,10 @@ def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits = D
         config, reasons = examine_adapter_config(file.read(MAX_JSON_BYTES + 1))
     try:
         tensors = read_weights(folder, limits)
-        if config is not None:
-            adapter = normalize(config, tensors, base)
+        adapter = None if config is None else normalize(config, tensors, base)
     except AdapterIncompatibleError as error:
         raise AdapterIncompatibleError([*reasons, *error.reasons]) from error
-    if config is None or reasons:
+    if adapter is None or reasons:
         raise AdapterIncompatibleError(reasons)
     return adapter
 

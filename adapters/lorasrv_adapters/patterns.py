@@ -44,7 +44,7 @@ class Pattern:
     def number(self, name: str) -> int | None:
         """The group "index" of a match from the start of `name`, as a number; None without a match."""
         match = self._compiled.match(name)
-        return None if match is None else int(match.group("index"))
+        return None if match is None else int(str(match.group("index")))
 
 
 class PatternTable(Generic[V]):

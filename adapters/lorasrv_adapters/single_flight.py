@@ -18,11 +18,10 @@ class SingleFlight(Generic[K, V]):
 
     def run(self, key: K, work: Callable[[], V]) -> V:
         """Return the outcome of `work`, or of the call under way for the same key. Blocks."""
+        mine: Future[V] = Future()
         with self._lock:
-            flight = self._flights.get(key)
-            if flight is None:
-                mine = self._flights[key] = Future()
-        if flight is not None:
+            flight = self._flights.setdefault(key, mine)
+        if flight is not mine:
             return flight.result()
         try:
             mine.set_result(work())

@@ -47,6 +47,7 @@ def test_tensors_at_odd_offsets_are_read(tmp_path: Path, pack_safetensors: Pack)
     tensors = read(tmp_path, content)
     assert tensors["half"].tolist() == [0.5]
     assert tensors["full"].tolist() == [1.25, -3.0]
+    assert tensors["full"].data_ptr() % 4 == 0
 
 
 def test_later_changes_to_the_file_do_not_reach_the_tensors(tmp_path: Path, pack_safetensors: Pack) -> None:
