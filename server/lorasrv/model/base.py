@@ -23,7 +23,7 @@ class ServedBase:
         self, identity: str, stored: Callable[[], Iterator[tuple[str, Weight]]], *, dtype: torch.dtype
     ) -> None:
         """Takes the canonical config, a way to walk over all stored tensors in a fixed order, and the model's dtype."""
-        self._identity = f"{identity} {dtype}"
+        self._identity = identity
         self._dtype = dtype
         self._stored = stored
         self._weights = {

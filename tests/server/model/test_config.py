@@ -69,6 +69,12 @@ def test_what_transformers_writes_is_read(tmp_path, rope):
     assert config.rope.kind == ("linear" if rope else "default")
 
 
+def test_heads_need_not_fill_the_hidden_size_where_their_size_is_given():
+    assert parse_model_config({**OLD, "hidden_size": 62, "head_dim": 16}).head_size == 16
+    with pytest.raises(ModelLoadError, match="multiple"):
+        parse_model_config({**OLD, "hidden_size": 62})
+
+
 def test_oldest_rope_spelling():
     config = parse_model_config({**OLD, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert (config.rope.kind, config.rope.factor) == ("linear", 2.0)

@@ -71,12 +71,15 @@ def test_activation_equals_torch(dtype):
 @pytest.mark.parametrize("width", [344, 1025])
 def test_rows_do_not_depend_on_their_number(dtype, width):
     torch.manual_seed(0)
-    x = (3 * torch.randn(40, 2 * width)).to(dtype)
-    norm = RMSNorm(torch.randn(2 * width).to(dtype), epsilon=1e-6)
+    gate, up = (3 * torch.randn(2, 40, width)).to(dtype)
+    norm = RMSNorm(torch.randn(width).to(dtype), epsilon=1e-6)
+    both = torch.cat([gate, up], dim=1)
 
-    def layers(rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([silu_mul(rows[:, :width], rows[:, width:]), norm.forward(rows)], dim=1)
+    def layers(start: int, stop: int) -> torch.Tensor:
+        split = both[start:stop].chunk(2, dim=1)
+        activations = [silu_mul(gate[start:stop], up[start:stop]), silu_mul(*split), norm.forward(gate[start:stop])]
+        return torch.cat(activations, dim=1)
 
-    alone = torch.cat([layers(row[None]) for row in x])
-    for count in (2, 3, 7, 16, 17, 40):
-        assert torch.equal(layers(x[:count]), alone[:count])
+    alone = torch.cat([layers(row, row + 1) for row in range(40)])
+    for stop in (2, 3, 7, 16, 17, 40):
+        assert torch.equal(layers(0, stop), alone[:stop])
