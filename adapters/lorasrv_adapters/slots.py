@@ -1,6 +1,7 @@
 """Adapters resident on the device: which slot and which stretch of the arena each one has.
 
-Least recently used idle adapters make room; one in use never moves and never goes. It knows images and offsets, no
+Least recently used idle adapters make room; one in use never goes. Where the room there is lies in pieces, the adapters
+are pushed together, which only `acquire` does, and so never while a step reads them. It knows images and offsets, no
 requests. Everything here runs on the engine thread, which alone owns the device; there is no lock.
 Letters: S slots, M modules of the base, N elements of the arena.
 """
@@ -20,11 +21,18 @@ from lorasrv_adapters.records import AdapterObserver, SilentObserver
 class Extents(Protocol):
     """Bookkeeping of free stretches of the arena; it touches no memory."""
 
+    @property
+    def free_elements(self) -> int:
+        """Elements that are free, in one stretch or several."""
+
     def reserve(self, num_elements: int) -> int | None:
         """Return the offset of a stretch, a multiple of 32 elements, or None where there is no room."""
 
     def release(self, offset: int) -> None:
         """Give back the stretch that starts at `offset`."""
+
+    def compact(self) -> Sequence[tuple[int, int, int]]:
+        """Make all that is free one stretch; return the (source, target, elements) to copy, in order."""
 
 
 @dataclass(slots=True)
@@ -117,7 +125,9 @@ class AdapterSlots:
                 return None
         offset = None
         while image.num_elements and (offset := self._extents.reserve(image.num_elements)) is None:
-            if not self._evict_one():
+            if self._extents.free_elements >= image.num_elements:
+                self._compact()
+            elif not self._evict_one():
                 return None
         resident = self._residents[digest] = _Resident(self._free_slots.pop(), offset, num_users=0)
         self._write(resident, image)
@@ -138,6 +148,15 @@ class AdapterSlots:
             rows = _moved(image.table, resident.offset)
         self._table[resident.slot].copy_(rows)
 
+    def _compact(self) -> None:
+        residents = {resident.offset: resident for resident in self._residents.values()}
+        for source, target, num_elements in self._extents.compact():
+            # a copy in between, because the stretches may overlap
+            self._arena[target : target + num_elements] = self._arena[source : source + num_elements].clone()
+            resident = residents[source]
+            resident.offset = target
+            self._table[resident.slot].copy_(_moved(self._table[resident.slot], target - source))
+
     def _evict_one(self) -> bool:
         idle = next((digest for digest, resident in self._residents.items() if resident.num_users == 0), None)
         if idle is None:
@@ -155,7 +174,7 @@ class AdapterSlots:
 
 
 def _moved(table: Tensor, offset: int) -> Tensor:
-    """The same rows with offsets from the arena's start; rows of absent modules stay as they are."""
+    """The same rows `offset` elements further on; rows of absent modules stay as they are."""
     moved = table.clone()
     present = (table[:, 3] > 0) | (table[:, 2] >= 0)
     moved[:, :2] += offset * present[:, None]

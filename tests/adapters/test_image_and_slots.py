@@ -37,6 +37,20 @@ class ListExtents:
     def release(self, offset: int) -> None:
         del self.taken[offset]
 
+    @property
+    def free_elements(self) -> int:
+        return self.num_elements // 32 * 32 - sum(self.taken.values())
+
+    def compact(self) -> list[tuple[int, int, int]]:
+        moves, packed, end = [], {}, 0
+        for offset in sorted(self.taken):
+            packed[end] = self.taken[offset]
+            if end != offset:
+                moves.append((offset, end, self.taken[offset]))
+            end += self.taken[offset]
+        self.taken = packed
+        return moves
+
 
 def adapter(ranks: dict[str, int], *, dora: bool = False, seed: int = 0) -> NormalizedAdapter:
     generator = torch.Generator().manual_seed(seed)
@@ -189,6 +203,24 @@ def test_room_is_made_only_as_far_as_needed() -> None:
     assert large.num_elements > 3 * image.num_elements
     assert slots.acquire("large", large) is None
     assert "d" in slots.resident()
+
+
+def test_room_in_pieces_is_pushed_together() -> None:
+    sources = {digest: adapter({"first": 3, "third": 1}, dora=True, seed=ord(digest)) for digest in "abcd"}
+    images = {digest: image_of(source) for digest, source in sources.items()}
+    size = images["a"].num_elements
+    slots, arena = new_slots(num_elements=4 * size, max_adapters=8)
+    held = {digest: slots.acquire(digest, images[digest]) for digest in "abcd"}
+    for digest in "ac":
+        slots.release(held.pop(digest))
+        assert slots.drop(digest)
+    large = adapter({"first": 6, "third": 2}, dora=True)
+    assert size < image_of(large).num_elements <= 2 * size
+    slot = slots.acquire("large", image_of(large))
+    assert_holds(arena, slots.table[slot], large)
+    for digest, kept in held.items():
+        assert_holds(arena, slots.table[kept], sources[digest])
+    assert slots.table[held["b"]][1].tolist() == ABSENT
 
 
 def test_releasing_what_is_not_in_use_is_an_error() -> None:

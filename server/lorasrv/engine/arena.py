@@ -4,14 +4,13 @@ Bookkeeping over element counts; knows no tensor, no adapter and no sequence. Ro
 set aside once, so that loading adapters never takes blocks from running requests, nor the reverse.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ALIGNMENT = 32
 """Elements. Every offset is a multiple, so that a row of any dtype starts on a cache line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """Elements to copy, in the order given, when extents are pushed together; source and target may overlap."""
 
     source: int
