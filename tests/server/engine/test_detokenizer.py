@@ -96,3 +96,9 @@ def test_special_tokens_add_nothing() -> None:
 @pytest.mark.parametrize("stop", [("aa", "baa"), ("baa", "aa")])
 def test_of_two_that_are_complete_together_the_longest_counts(stop: tuple[str, ...]) -> None:
     assert stream([b"xba", b"a"], stop) == (["x", ""], "baa")
+
+
+@pytest.mark.parametrize(("text", "stop"), [("aaab", "aab"), ("abababc", "ababc"), ("aabaabaaac", "aabaaac")])
+def test_a_beginning_that_fails_may_contain_another_beginning(text: str, stop: str) -> None:
+    texts, met = stream([character.encode() for character in text], (stop,))
+    assert ("".join(texts), met) == cut(text, (stop,)) == (text[: -len(stop)], stop)
