@@ -6,6 +6,7 @@
 #   ARGS="..."                  more arguments for demo, serve, test or bench
 
 VENV ?= .venv
+ASSETS ?= server/lorasrv/assets
 TORCH_INDEX ?=
 ARGS ?=
 
@@ -15,7 +16,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test check bench proto native clean
+.PHONY: help demo serve test check bench proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -52,6 +53,12 @@ proto: $(VENV)/.dev ## Generate the code of the wire contract anew
 
 native: $(VENV)/.runtime ## Compile the native kernels anew
 	@$(BIN)/python hatch_build.py
+
+assets: $(VENV)/.test $(NATIVE) ## Train the embedded base and adapters anew (TEXTS=folder STYLES=folder; hours)
+	@test -d "$(TEXTS)" && test -d "$(STYLES)" || { echo "make assets needs TEXTS=folder and STYLES=folder of .txt files" >&2; exit 2; }
+	$(BIN)/python server/make_assets/base.py "$(TEXTS)" --out $(ASSETS)/base
+	$(BIN)/python server/make_assets/adapters.py $(ASSETS)/base "$(STYLES)" --out $(ASSETS)/adapters
+	$(BIN)/python server/make_assets/evaluate.py $(ASSETS) "$(TEXTS)" "$(STYLES)"
 
 clean: ## Remove everything that the other verbs made
 	rm -rf $(VENV) $(NATIVE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
