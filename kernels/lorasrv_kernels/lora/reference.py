@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.workspace import thread_workspace
 
 TABLE_COLUMNS = 4
 """A [R, I], B^T [R, O] and d [O] as offsets into the arena in elements, and the rank R."""
@@ -35,11 +36,14 @@ def lora_apply_(
     """See `lorasrv_kernels.lora.lora_apply_`."""
     entries = table.tolist()
     starts = tile_starts.tolist()
+    in_features = x.shape[1]
+    # rows on 16-byte borders, because the library's narrow products add in another order where they are not
+    x_tile = thread_workspace().take("lora.x_tile", (TILE_ROWS, -(-in_features // 4) * 4), torch.float32, x.device)
+    x_tile = x_tile[:, :in_features]
     for tile, slot in enumerate(tile_slots.tolist()):
         tile_rows = rows[starts[tile] : starts[tile + 1]]
-        # rows on 16-byte borders, because the library's narrow products add in another order where they are not
-        x_tile = x.new_zeros(TILE_ROWS, -(-x.shape[1] // 4) * 4, dtype=torch.float32)[:, : x.shape[1]]
-        x_tile[: len(tile_rows)] = x[tile_rows].float()
+        x_tile[: len(tile_rows)] = x[tile_rows]
+        x_tile[len(tile_rows) :].zero_()
         tile_weights = weights[starts[tile] : starts[tile + 1], None]
         start = 0
         for entry, width in zip(entries[slot], out_features, strict=True):
