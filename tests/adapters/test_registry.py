@@ -170,6 +170,18 @@ def test_an_id_loaded_again_does_not_bring_back_what_was_unloaded(registry: Adap
     assert registry.acquire("a").digest == new.digest
 
 
+def test_unloading_withdraws_replaced_versions_too(registry: AdapterRegistry) -> None:
+    old = registry.load("a", "x:one")
+    lease = registry.acquire("a")
+    registry.load("a", "x:two", replace=True)
+    registry.unload("a")
+    registry.load("a", "x:three")
+    with pytest.raises(AdapterNotFoundError):
+        registry.acquire(f"a@{old.digest}")
+    assert registry.get("a").num_in_use == 0
+    lease.release()
+
+
 def test_ids_that_share_a_digest_share_its_image(registry: AdapterRegistry, cache: HostCache) -> None:
     registry.load("a", "x:one")
     registry.load("b", "x:one")

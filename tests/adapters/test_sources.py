@@ -175,6 +175,12 @@ def test_a_repository_is_downloaded_once_and_only_its_two_files(hub: HubSource, 
     assert loader.load("hf:org/poet@main").num_modules == 2
 
 
+def test_a_token_of_the_machine_is_not_sent(hub: HubSource, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_machine")
+    hub.fetch("org/poet@main")
+    assert fake_hub.tokens == {None}
+
+
 def test_the_token_is_the_given_one(endpoint: str, fake_hub: FakeHub, tmp_path: Path) -> None:
     hub = HubSource(allowed=("org/poet",), folder=tmp_path / "downloads", endpoint=endpoint, token="hf_secret")
     hub.fetch("org/poet@main")
