@@ -217,9 +217,11 @@ class FakeObserver:
     calls: list[tuple[str, str, str]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
+    a_call_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     def call_finished(self, *, method: str, code: str, finish_reason: str = "") -> None:
         self.calls.append((method, code, finish_reason))
+        self.a_call_finished.set()
 
     def adapter_load_finished(self, *, result: str, duration_seconds: float) -> None:
         assert duration_seconds >= 0

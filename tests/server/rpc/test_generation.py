@@ -190,6 +190,8 @@ def test_a_caller_that_leaves_while_its_adapter_is_read_leaves_no_lease() -> Non
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
+            # the client knows before the server does
+            await asyncio.wait_for(service.observer.a_call_finished.wait(), 10)
             service.registry.may_go_on.set()
             # a second request gets through, and only its own lease was ever left
             await service.generation.Generate(GenerateRequest(adapter_id="alice", prompt="hi"))
