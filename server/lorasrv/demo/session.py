@@ -21,7 +21,7 @@ PROMPTS = (
 )
 """Openings that leave the voice to whoever answers; each is asked of the base and of every adapter."""
 
-SAMPLING: SamplingOptions = {"max_new_tokens": 48, "temperature": 0.7, "top_p": 0.95}
+SAMPLING: SamplingOptions = {"max_new_tokens": 48, "temperature": 0.6, "top_p": 0.95}
 """With the fixed seeds of the questions, the same answers on every run."""
 
 
