@@ -2,8 +2,8 @@
 
     python server/make_assets/evaluate.py ASSETS_FOLDER TEXT_FOLDER STYLES_FOLDER
 
-Nats per UTF-8 byte over the last 5 % of each text, 60 000 characters at most, those of the base as one, with the base in
-NF4 and bfloat16 and the adapters through the serving kernels. Writes `voices.json` into ASSETS_FOLDER.
+Nats per UTF-8 byte over the last 5 % of each text, 60 000 characters at most, those of the base as one, with the base
+in NF4 and bfloat16 and the adapters through the serving kernels. Writes `voices.json` into ASSETS_FOLDER.
 """
 
 import argparse
