@@ -112,7 +112,7 @@ class _HTTPServer(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    server: _HTTPServer
+    server: _HTTPServer  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = _READ_TIMEOUT_SECONDS
 
     def do_GET(self) -> None:

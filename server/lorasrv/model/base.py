@@ -43,9 +43,14 @@ class ServedBase:
         """
         return weight_rows(self._weights[name], start, stop, dtype=self._dtype)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 over config and all stored tensors, 64 hex digits. Blocks: the first use reads the whole model."""
+        return self._digest
+
+    # a cached_property itself does not pass for the `str` that callers ask for
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(self._identity.encode())
         for name, weight in self._stored():
             digest.update(f"\n{name} {tuple(weight.shape)} ".encode())

@@ -6,13 +6,11 @@ Knows how they depend on the configuration and on each other; touches no tensor,
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import huggingface_hub.constants
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.loader import CheckpointLoader
-from lorasrv_adapters.normalize import BaseModules
 from lorasrv_adapters.records import SilentObserver
 from lorasrv_adapters.registry import AdapterRegistry
 from lorasrv_kernels.cpu import library
@@ -154,8 +152,7 @@ def _loader(config: ServeConfig, model: LlamaModel) -> CheckpointLoader:
     downloads = Path(huggingface_hub.constants.HF_HOME) / "lorasrv-adapters"
     hub = HubSource(allowed=_allowed_repositories(config), folder=downloads)
     return CheckpointLoader(
-        # pyright does not take a functools.cached_property for the property it is
-        base=cast(BaseModules, model.base),
+        base=model.base,
         dtype=model.dtype,
         max_rank=config.max_rank,
         roots=config.allowed_roots,
