@@ -16,6 +16,7 @@ from lorasrv.errors import DrainingError
 from lorasrv.rpc.convert import adapters as convert
 from lorasrv.rpc.edge import Context, served
 from lorasrv.rpc.ports import AdapterRecord, CallObserver, RegistryPort
+from lorasrv.rpc.shield import outlived_by
 
 T = TypeVar("T")
 
@@ -96,5 +97,5 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             self._observer.adapter_load_finished(result=result, duration_seconds=self._clock() - began_seconds)
 
     async def _in_executor(self, function: Callable[[], T]) -> T:
-        # shielded: what waits for a thread is done even if its caller leaves
-        return await asyncio.shield(asyncio.wrap_future(self._executor.submit(function)))
+        # what waits for a thread is done even if its caller leaves
+        return await outlived_by(asyncio.wrap_future(self._executor.submit(function)))

@@ -20,6 +20,7 @@ from lorasrv.engine.request import Lease, Request, RequestOutput, SamplingParams
 from lorasrv.rpc.convert import generation as convert
 from lorasrv.rpc.edge import Call, Context, announce, served
 from lorasrv.rpc.ports import CallObserver, EnginePort, RegistryPort
+from lorasrv.rpc.shield import outlived_by
 from lorasrv.rpc.streams import OutputStream, OutputStreams, merge
 
 
@@ -173,7 +174,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         async with turn:
             acquired = asyncio.wrap_future(self._executor.submit(self._registry.acquire, reference))
             try:
-                return await asyncio.shield(acquired)
+                return await outlived_by(acquired)
             except asyncio.CancelledError:
                 acquired.add_done_callback(_release_result)
                 raise
