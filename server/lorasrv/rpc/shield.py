@@ -13,12 +13,11 @@ async def outlived_by(work: "asyncio.Future[T]") -> T:
         Exception: what the work raised.
         asyncio.CancelledError: the caller left; the work goes on.
     """
-    shield = asyncio.shield(work)
     try:
-        return await shield
+        return await asyncio.shield(work)
     except asyncio.CancelledError:
-        # work that failed in the same turn of the loop has an exception that the loop would complain of
-        shield.add_done_callback(_retrieve)
+        # or the loop complains of an exception that nobody asked for
+        work.add_done_callback(_retrieve)
         raise
 
 
