@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from lorasrv.config import ServeConfig
 from lorasrv.engine.engine import Engine
+from lorasrv.engine.own_thread import in_own_thread
 from lorasrv.errors import ConfigError
 from lorasrv.metrics import MetricsServer
 from lorasrv.rpc.adapters import AdapterServicer
@@ -44,7 +46,7 @@ def serve(config: ServeConfig) -> int:
     # a large base takes minutes to load; a port that is taken should not wait for it
     _check_port(config.host, config.port)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-    return asyncio.run(_serve(Backend.load(config)))
+    return asyncio.run(_serve(in_own_thread(partial(Backend.load, config))))
 
 
 def _check_port(host: str, port: int) -> None:

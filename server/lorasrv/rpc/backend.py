@@ -11,7 +11,7 @@ import huggingface_hub.constants
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.loader import CheckpointLoader
-from lorasrv_adapters.records import SilentObserver
+from lorasrv_adapters.records import LoadedAdapter, SilentObserver
 from lorasrv_adapters.registry import AdapterRegistry
 from lorasrv_kernels.cpu import library
 
@@ -23,6 +23,7 @@ from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.observer import EngineStats
+from lorasrv.engine.own_thread import in_own_thread
 from lorasrv.engine.request import RequestOutput, SamplingParams
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
@@ -75,7 +76,7 @@ class Backend:
         model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
-        registry = AdapterRegistry(_loader(config, model), cache, observer=_Evictions(metrics))
+        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model)), cache, observer=_Evictions(metrics))
         for adapter_id, source in config.adapters:
             registry.load(adapter_id, _source(source))
         return cls(
@@ -127,6 +128,16 @@ class Backend:
             resident_adapter_ids=frozenset(record.adapter_id for record in records if record.digest in resident),
             waiting_adapter_ids=frozenset(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnThreadLoader:
+    """Loads adapters without leaving OpenMP workers in the threads that ask for them."""
+
+    loader: CheckpointLoader
+
+    def load(self, source: str) -> LoadedAdapter:
+        return in_own_thread(lambda: self.loader.load(source))
 
 
 class _Evictions(SilentObserver):
