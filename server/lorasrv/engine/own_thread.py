@@ -3,8 +3,8 @@
 OpenMP keeps a team of workers for every thread that ever ran a parallel region. Once the teams together have more
 threads than the machine has cores, GNU's runtime lets all of them sleep between regions, and waking them costs more
 than the engine's small products do: a decode step of the embedded model took two to five times as long on 2 cores
-(`kernels/benchmarks/RESULTS.md`). A team ends with its thread. So what computes outside the engine thread, loading above
-all, gets a thread of its own.
+(`kernels/benchmarks/RESULTS.md`). A team ends with its thread. So what computes outside the engine thread, loading
+above all, gets a thread of its own.
 """
 
 import threading
