@@ -11,7 +11,7 @@ import huggingface_hub.constants
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.loader import CheckpointLoader
-from lorasrv_adapters.records import LoadedAdapter, SilentObserver
+from lorasrv_adapters.records import LoadedAdapter
 from lorasrv_adapters.registry import AdapterRegistry
 from lorasrv_kernels.cpu import library
 
@@ -76,7 +76,7 @@ class Backend:
         model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
-        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model)), cache, observer=_Evictions(metrics))
+        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model)), cache, observer=metrics)
         for adapter_id, source in config.adapters:
             registry.load(adapter_id, _source(source))
         return cls(
@@ -140,17 +140,6 @@ class _OwnThreadLoader:
         return in_own_thread(lambda: self.loader.load(source))
 
 
-class _Evictions(SilentObserver):
-    """Tells the metrics of evictions; loads and unloads are told by the service, which knows how long they took."""
-
-    def __init__(self, metrics: ServerMetrics) -> None:
-        self._metrics = metrics
-
-    def adapter_evicted(self, level: str) -> None:
-        """An idle adapter lost its place."""
-        self._metrics.adapter_evicted(level=level)
-
-
 def _base_folder(config: ServeConfig) -> Path:
     if config.base is None:
         return embedded_base()
@@ -191,7 +180,7 @@ def _memory(config: ServeConfig, model: LlamaModel, metrics: ServerMetrics) -> D
         adapter_bytes=config.adapter_bytes or default_adapter_bytes(model, max_rank=config.max_rank),
         max_rank=config.max_rank,
         max_adapters=config.max_adapters,
-        observer=_Evictions(metrics),
+        observer=metrics,
     )
 
 
