@@ -14,7 +14,7 @@ from lorasrv.engine.request import Request, RequestOutput, SampledToken
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.engine.sequence import ScheduledSequence, ScheduledStep
-from lorasrv.model.llama import LlamaModel
+from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv_adapters.checkpoint import read_checkpoint
@@ -39,7 +39,7 @@ class Lease:
 class Served:
     """A base in one dtype and the adapters it serves, by id."""
 
-    model: LlamaModel
+    model: DecoderModel
     tokenizer: Tokenizer
     images: dict[str, tuple[str, AdapterImage]] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Served:
 class RecordingRunner(ModelRunner):
     """Keeps the logits row of every sampled token and how each prompt was cut."""
 
-    def __init__(self, model: LlamaModel, memory: DeviceMemory) -> None:
+    def __init__(self, model: DecoderModel, memory: DeviceMemory) -> None:
         super().__init__(model, memory)
         self.rows: dict[tuple[str, int], Tensor] = {}
         self.max_adapters = 0

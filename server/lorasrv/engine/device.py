@@ -10,7 +10,7 @@ import torch
 from lorasrv.engine.kv_cache import num_blocks_for
 from lorasrv.engine.memory import DeviceMemory, image_elements
 from lorasrv.errors import ConfigError
-from lorasrv.model.llama import LlamaModel
+from lorasrv.model.decoder import DecoderModel
 
 # of the memory that is free when the KV cache is sized
 _KV_SHARE = 0.25
@@ -40,13 +40,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def default_adapter_bytes(model: LlamaModel, *, max_rank: int) -> int:
+def default_adapter_bytes(model: DecoderModel, *, max_rank: int) -> int:
     """Returns bytes for a few adapters of the highest rank on all modules, which is many of the usual ones."""
     shapes = list(model.base.modules.values())
     return _NUM_LARGEST_ADAPTERS * image_elements(shapes, rank=max_rank, dtype=model.dtype) * model.dtype.itemsize
 
 
-def default_kv_bytes(model: LlamaModel, *, max_num_seqs: int) -> int:
+def default_kv_bytes(model: DecoderModel, *, max_num_seqs: int) -> int:
     """Returns bytes for as many of the longest sequences as may run, or a share of what is free if that is less."""
     num_blocks = max_num_seqs * num_blocks_for(model.max_positions)
     wanted = num_blocks * DeviceMemory.block_elements(model.config) * model.dtype.itemsize

@@ -16,7 +16,7 @@ from lorasrv.engine.sampler import sample
 from lorasrv.engine.scheduler import ScheduledStep
 from lorasrv.engine.sequence import ScheduledSequence
 from lorasrv.model.batch import StepBatch
-from lorasrv.model.llama import LlamaModel
+from lorasrv.model.decoder import DecoderModel
 
 
 class ModelRunner:
@@ -27,7 +27,7 @@ class ModelRunner:
         memory: the KV cache and the resident adapters.
     """
 
-    def __init__(self, model: LlamaModel, memory: DeviceMemory) -> None:
+    def __init__(self, model: DecoderModel, memory: DeviceMemory) -> None:
         self._model = model
         self._memory = memory
         self._tile_tokens = tile_tokens(model.config.num_heads, model.config.num_kv_heads)

@@ -9,7 +9,7 @@ from lorasrv.model.config import ModelConfig
 from lorasrv.model.layers import rotate_
 
 
-class LlamaAttention:
+class Attention:
     """Query, key and value projections, rotary positions, cache, attention, output projection."""
 
     def __init__(self, config: ModelConfig, *, qkv: AdaptedLinear, output: AdaptedLinear, layer: int) -> None:

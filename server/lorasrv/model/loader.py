@@ -17,7 +17,7 @@ from lorasrv.model import prequantized
 from lorasrv.model.adapted_linear import Weight
 from lorasrv.model.checkpoint import Checkpoint
 from lorasrv.model.config import ModelConfig, read_model_config
-from lorasrv.model.llama import DecoderLayer, LlamaModel
+from lorasrv.model.decoder import DecoderLayer, DecoderModel
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix, linear_shapes, wide_shapes
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -32,7 +32,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantize: bool = True,
     max_positions: int | None = None,
-) -> LlamaModel:
+) -> DecoderModel:
     """Loads a model folder; blocks, for large models for minutes.
 
     Args:
@@ -51,7 +51,7 @@ def load_model(
         quantize = quantize and not any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
         reader = _Reader(checkpoint, dtype=dtype, device=torch.device(device), quantize=quantize)
         layers = [reader.layer(config, index) for index in range(config.num_layers)]
-        return LlamaModel(
+        return DecoderModel(
             config,
             embedding=reader.wide(EMBEDDING),
             layers=layers,

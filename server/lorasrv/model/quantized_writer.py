@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasrv.model.adapted_linear import Weight
 from lorasrv.model.checkpoint import INDEX_FILE
 from lorasrv.model.config import read_json
-from lorasrv.model.llama import LlamaModel
+from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.prequantized import SETTINGS, STATE
 from lorasrv.model.tensors import MODULES
 
@@ -32,7 +32,7 @@ _COPIED = (
 )
 
 
-def write_quantized(model: LlamaModel, *, source: Path, folder: Path, shard_bytes: int = 1 << 30) -> None:
+def write_quantized(model: DecoderModel, *, source: Path, folder: Path, shard_bytes: int = 1 << 30) -> None:
     """Writes a model as it is held, complete or not at all.
 
     Args:
@@ -60,7 +60,7 @@ def write_quantized(model: LlamaModel, *, source: Path, folder: Path, shard_byte
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(model: LlamaModel, folder: Path, shard_bytes: int) -> None:
+def _write_tensors(model: DecoderModel, folder: Path, shard_bytes: int) -> None:
     shards = list(_shards(model, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
@@ -74,7 +74,7 @@ def _write_tensors(model: LlamaModel, folder: Path, shard_bytes: int) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _shards(model: LlamaModel, shard_bytes: int) -> Iterator[list[tuple[str, Weight]]]:
+def _shards(model: DecoderModel, shard_bytes: int) -> Iterator[list[tuple[str, Weight]]]:
     shard: list[tuple[str, Weight]] = []
     size = 0
     for name, weight in model.stored():
@@ -114,7 +114,7 @@ def stored_tensors(name: str, weight: Weight, *, dtype: torch.dtype) -> dict[str
     }
 
 
-def _write_config(model: LlamaModel, source: Path, folder: Path) -> None:
+def _write_config(model: DecoderModel, source: Path, folder: Path) -> None:
     config = read_json(source / "config.json")
     dense = [
         name.removesuffix(".weight")

@@ -28,9 +28,9 @@ from lorasrv.engine.request import RequestOutput, SamplingParams
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
+from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.generation import read_generation_defaults
 from lorasrv.model.hub import download_model, is_hub_reference
-from lorasrv.model.llama import LlamaModel
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv.rpc.convert.generation import RequestLimits
@@ -54,7 +54,7 @@ class Backend:
 
     config: ServeConfig
     facts: ServerFacts
-    model: LlamaModel
+    model: DecoderModel
     tokenizer: Tokenizer
     memory: DeviceMemory
     registry: AdapterRegistry
@@ -148,7 +148,7 @@ def _base_folder(config: ServeConfig) -> Path:
     return Path(config.base).expanduser()
 
 
-def _loader(config: ServeConfig, model: LlamaModel) -> CheckpointLoader:
+def _loader(config: ServeConfig, model: DecoderModel) -> CheckpointLoader:
     downloads = Path(huggingface_hub.constants.HF_HOME) / "lorasrv-adapters"
     hub = HubSource(allowed=_allowed_repositories(config), folder=downloads)
     return CheckpointLoader(
@@ -170,7 +170,7 @@ def _source(source: str) -> str:
     return source if source.startswith(HUB_PREFIX) else str(Path(source).expanduser().absolute())
 
 
-def _memory(config: ServeConfig, model: LlamaModel, metrics: ServerMetrics) -> DeviceMemory:
+def _memory(config: ServeConfig, model: DecoderModel, metrics: ServerMetrics) -> DeviceMemory:
     return DeviceMemory(
         model.config,
         list(model.base.modules.values()),
@@ -184,7 +184,7 @@ def _memory(config: ServeConfig, model: LlamaModel, metrics: ServerMetrics) -> D
     )
 
 
-def _facts(config: ServeConfig, model: LlamaModel, *, folder: Path) -> ServerFacts:
+def _facts(config: ServeConfig, model: DecoderModel, *, folder: Path) -> ServerFacts:
     return ServerFacts(
         version=__version__,
         base_model=config.base or folder.name,

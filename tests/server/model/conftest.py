@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lorasrv.model.batch import StepBatch
-from lorasrv.model.llama import LlamaModel
+from lorasrv.model.decoder import DecoderModel
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
 from lorasrv_kernels.batch import SlotBatch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Driver:
     `arena` and `table` hold the adapters of the slots; without them there are none.
     """
 
-    model: LlamaModel
+    model: DecoderModel
     num_blocks: int = 32
     arena: Tensor | None = None
     table: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x over a flat batch of token rows from any number of sequences, each row with its own adapter.
+"""A decoder-only model over a flat batch of token rows from any number of sequences, each row with its own adapter.
 
 Knows the model; does not know requests, scheduling or sampling, nor which method an adapter used.
 """
@@ -11,7 +11,7 @@ from lorasrv_kernels.nf4 import NF4Weight
 from torch import Tensor
 
 from lorasrv.model.adapted_linear import AdaptedLinear, Weight
-from lorasrv.model.attention import LlamaAttention
+from lorasrv.model.attention import Attention
 from lorasrv.model.base import ServedBase
 from lorasrv.model.batch import StepBatch
 from lorasrv.model.config import ModelConfig
@@ -30,7 +30,7 @@ class DecoderLayer:
         self.input_norm, self.post_attention_norm = (RMSNorm(norm, epsilon=config.rms_norm_eps) for norm in norms)
         qkv = AdaptedLinear(weights[:3], first_module=first)
         output = AdaptedLinear(weights[3:4], first_module=first + 3)
-        self.attention = LlamaAttention(config, qkv=qkv, output=output, layer=layer)
+        self.attention = Attention(config, qkv=qkv, output=output, layer=layer)
         self.gate_up = AdaptedLinear(weights[4:6], first_module=first + 4)
         self.down = AdaptedLinear(weights[6:], first_module=first + 6)
 
@@ -46,7 +46,7 @@ class DecoderLayer:
         return (self.attention.qkv, self.attention.output, self.gate_up, self.down)
 
 
-class LlamaModel:
+class DecoderModel:
     """The base model; read-only after loading.
 
     Attributes:
