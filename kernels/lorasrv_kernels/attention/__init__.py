@@ -23,14 +23,15 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> Non
     torch.ops.lorasrv.store_kv_(cache, k, v, batch.slot_mapping)
 
 
-def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: float) -> Tensor:
-    """softmax(scale * q K^T) V per token over its own and all earlier positions of its sequence.
+def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: float, window: int = 0) -> Tensor:
+    """softmax(scale * q K^T) V per token over its own and earlier positions of its sequence.
 
     Args:
         q: [T, H, D], same dtype as the cache; H a multiple of Hkv, heads that share a KV head side by side.
         cache: [P, 2, Hkv, 32, D], any strides, with this step's keys and values already stored.
         batch: the sequences; its tiles hold at most `batch.tile_tokens` tokens.
         scale: usually D ** -0.5.
+        window: how many positions a token sees, its own included; 0: all of them.
 
     Returns:
         [T, H, D] in q's dtype; every row independent of the other sequences and of chunking, bit for bit.
@@ -39,6 +40,6 @@ def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: f
         KernelError: shapes or dtypes break this contract.
     """
     result: Tensor = torch.ops.lorasrv.paged_attention(
-        q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale
+        q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window
     )
     return result

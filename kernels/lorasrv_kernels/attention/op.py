@@ -10,7 +10,8 @@ from lorasrv_kernels.errors import KernelError
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define("store_kv_(Tensor(a!) cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()")
 _library.define(
-    "paged_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor tiles, int tile_tokens, float scale) -> Tensor"
+    "paged_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor tiles, int tile_tokens, float scale, "
+    "int window) -> Tensor"
 )
 
 
@@ -39,7 +40,7 @@ def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> No
 
 
 def check_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
 ) -> Tensor:
     """Raises KernelError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
     del scale
@@ -50,6 +51,8 @@ def check_attention(
         wrong.append(f"tiles must be [K, 4] with tile_tokens >= 1, got {list(tiles.shape)} and {tile_tokens}")
     if block_tables.ndim != 2:
         wrong.append(f"block_tables must be [N, P], got {list(block_tables.shape)}")
+    if window < 0:
+        wrong.append(f"window must be at least 0, got {window}")
     if wrong:
         raise KernelError("paged_attention: " + "; ".join(wrong))
     return torch.empty_like(q)
@@ -60,9 +63,11 @@ def _store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     reference.store_kv_(cache, k, v, slot_mapping)
 
 
-def _attention(q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float) -> Tensor:
-    check_attention(q, cache, block_tables, tiles, tile_tokens, scale)
-    return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale)
+def _attention(
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+) -> Tensor:
+    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+    return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
 
 
 _library.impl("store_kv_", _store, "CompositeExplicitAutograd")

@@ -1,8 +1,9 @@
 """The specification of causal attention over a paged cache, in float32.
 
 Each query walks the KV blocks of its sequence from position 0 in steps of `BLOCK_TOKENS` with the online softmax
-(Milakov and Gimelshein 2018, algorithm 3). A block after a query changes nothing in it, bit for bit, so that decode,
-prefill and every way of chunking give the same row. Tiles have a fixed number of rows for the same reason.
+(Milakov and Gimelshein 2018, algorithm 3). A block after a query, or before its window, changes nothing in it, bit for
+bit, so that decode, prefill and every way of chunking give the same row; a tile leaves out the blocks that lie before
+the windows of all its rows. Tiles have a fixed number of rows for the same reason.
 """
 
 import torch
@@ -19,13 +20,13 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None
 
 
 def paged_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
 ) -> Tensor:
     """See `lorasrv_kernels.attention.paged_attention`."""
     num_heads, head_size = q.shape[1:]
     num_kv_heads = cache.shape[2]
     group = num_heads // num_kv_heads
-    tiles = tiles[(tiles[:, 2] + tiles[:, 3]).argsort(descending=True, stable=True)].long()
+    tiles = tiles[_seen_blocks(tiles, window)[1].argsort(descending=True, stable=True)].long()
     sequence, first_row, num_rows, first_position = tiles.unbind(1)
     step = torch.arange(tile_tokens, device=q.device)
     in_tile = step < num_rows[:, None]  # [K, tile_tokens]
@@ -35,34 +36,55 @@ def paged_attention(
     folded = q[rows].float().mul_(scale).unflatten(2, (num_kv_heads, group)).transpose(1, 2)
     folded = folded.reshape(len(tiles) * num_kv_heads, tile_tokens * group, head_size)
     limits = positions.repeat_interleave(group, dim=1).repeat_interleave(num_kv_heads, dim=0)[:, :, None]
-    out = _walk_blocks(folded, cache, block_tables[sequence], limits, first_position + num_rows)
+    out = _walk_blocks(folded, cache, block_tables[sequence], tiles, limits, window)
     out = out.view(len(tiles), num_kv_heads, tile_tokens, group, head_size).transpose(1, 2)
     result = torch.empty_like(q)
     result[rows[in_tile]] = out.reshape(len(tiles), tile_tokens, num_heads, head_size)[in_tile].to(q.dtype)
     return result
 
 
-def _walk_blocks(folded: Tensor, cache: Tensor, blocks: Tensor, limits: Tensor, ends: Tensor) -> Tensor:
-    """Online softmax of `folded` [K * Hkv, M, D] over the blocks [K, P] of each tile; `ends` [K] fall, tile by tile."""
+def _seen_blocks(tiles: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Per tile [K], the first block that any of its rows sees, and how many blocks they see together."""
+    first_position, end = tiles[:, 3], tiles[:, 3] + tiles[:, 2]
+    firsts = (first_position - window + 1).clamp_min(0) // BLOCK_TOKENS if window else torch.zeros_like(end)
+    return firsts, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS - firsts
+
+
+def _walk_blocks(folded: Tensor, cache: Tensor, blocks: Tensor, tiles: Tensor, limits: Tensor, window: int) -> Tensor:
+    """Online softmax of `folded` [K * Hkv, M, D], rows at positions `limits`, over the blocks [K, P] of their tiles.
+
+    The number of blocks falls from tile to tile, so that the tiles still walking come first.
+    """
+    firsts, counts = _seen_blocks(tiles, window)
+    num_blocks = counts.tolist()
+    ends = tiles[:, 3] + tiles[:, 2]
     num_kv_heads = cache.shape[2]
     top = folded.new_full((*folded.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(top)
     acc = torch.zeros_like(folded)
     step = torch.arange(BLOCK_TOKENS, device=folded.device)
-    ends_list = ends.tolist()
-    for start in range(0, ends_list[0] if ends_list else 0, BLOCK_TOKENS):
-        active = sum(1 for end in ends_list if end > start)
+    for turn in range(num_blocks[0] if num_blocks else 0):
+        active = sum(1 for count in num_blocks if count > turn)
         n = active * num_kv_heads
-        k, v = cache[blocks[:active, start // BLOCK_TOKENS]].float().transpose(0, 1).flatten(1, 2)  # [n, 32, D]
-        key_positions = start + step
+        places = firsts[:active, None] + turn  # [active, 1]
+        k, v = cache[blocks[:active].gather(1, places)[:, 0]].float().transpose(0, 1).flatten(1, 2)  # [n, 32, D]
+        positions = (places * BLOCK_TOKENS + step).repeat_interleave(num_kv_heads, dim=0)  # [n, 32]
         # positions past a tile's end were never written, and 0 * NaN is NaN
-        unwritten = (key_positions >= ends[:active, None]).repeat_interleave(num_kv_heads, dim=0)
+        unwritten = positions >= ends[:active].repeat_interleave(num_kv_heads)[:, None]
         v = v.masked_fill(unwritten[:, :, None], 0.0)
-        scores = torch.bmm(folded[:n], k.transpose(1, 2)).masked_fill_(key_positions > limits[:n], -torch.inf)
+        unseen = _unseen(positions[:, None], limits[:n], window)
+        scores = torch.bmm(folded[:n], k.transpose(1, 2)).masked_fill_(unseen, -torch.inf)
         new_top = torch.maximum(top[:n], scores.amax(-1, keepdim=True))
-        weights = (scores - new_top).exp_()
-        decay = (top[:n] - new_top).exp_()
+        # a row that has seen nothing yet stays as it began: exp(-inf) is 0, exp(-inf - -inf) would be NaN
+        origin = new_top.masked_fill(new_top == -torch.inf, 0.0)
+        weights = (scores - origin).exp_()
+        decay = (top[:n] - origin).exp_()
         total[:n] = total[:n] * decay + weights.sum(-1, keepdim=True)
         acc[:n] = acc[:n] * decay + torch.bmm(weights, v)
         top[:n] = new_top
     return acc / total
+
+
+def _unseen(positions: Tensor, limits: Tensor, window: int) -> Tensor:
+    later = positions > limits
+    return later | (positions <= limits - window) if window else later
