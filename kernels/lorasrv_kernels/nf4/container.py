@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.concatenate import concatenate
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
@@ -62,7 +63,7 @@ class NF4Weight:
         return self._replace(*(tensor.to(device) for tensor in self._tensors()))
 
     def share_memory(self) -> "NF4Weight":
-        """Moves the four tensors into shared memory, in place, and returns this weight."""
+        """Moves the four tensors, and all they are views of, into shared memory, in place; returns this weight."""
         for tensor in self._tensors():
             tensor.share_memory_()
         return self
@@ -83,6 +84,8 @@ class NF4Weight:
     def concatenate(cls, weights: Sequence["NF4Weight"]) -> "NF4Weight":
         """Stacks the rows of several weights; no number changes.
 
+        Storage that lies in a row already, as in a mapped file, is not copied: the result is then a view of it.
+
         Raises:
             KernelError: no weights, or they differ in `in_features`.
         """
@@ -90,10 +93,10 @@ class NF4Weight:
         if len(widths) != 1:
             raise KernelError(f"NF4Weight.concatenate: expected weights of one in_features, got {sorted(widths)}")
         return cls(
-            packed=torch.cat([weight.packed for weight in weights]),
-            absmax=torch.cat([weight.absmax for weight in weights]),
-            nested_absmax=torch.cat([weight.nested_absmax for weight in weights]),
-            offset=torch.cat([weight.offset for weight in weights]),
+            packed=concatenate([weight.packed for weight in weights]),
+            absmax=concatenate([weight.absmax for weight in weights]),
+            nested_absmax=concatenate([weight.nested_absmax for weight in weights]),
+            offset=concatenate([weight.offset for weight in weights]),
             out_features=tuple(rows for weight in weights for rows in weight.out_features),
             in_features=widths.pop(),
         )

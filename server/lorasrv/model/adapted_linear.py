@@ -6,6 +6,7 @@ Knows weights and where the adapters' rank rows are found; does not know which m
 from collections.abc import Sequence
 
 import torch
+from lorasrv_kernels.concatenate import concatenate
 from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.lora import lora_apply_
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear
@@ -26,6 +27,8 @@ class AdaptedLinear:
 
     def __init__(self, weights: Sequence[Weight], *, first_module: int) -> None:
         """Takes one weight [O, I] per module, each quantized on its own; they are stored as one where they are alike.
+
+        Weights that lie in a row in memory are not copied for that.
 
         Args:
             weights: of one I.
@@ -72,5 +75,5 @@ def _fuse(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     if len(weights) > 1 and len(quantized) == len(weights):
         return (NF4Weight.concatenate(quantized),)
     if len(weights) > 1 and len(dense) == len(weights):
-        return (torch.cat(dense),)
+        return (concatenate(dense),)
     return tuple(weights)

@@ -11,6 +11,8 @@ from torch import Tensor
 from lorasrv.model.adapted_linear import Weight, weight_rows
 from lorasrv.model.tensors import MODULES
 
+_CHUNK_ELEMENTS = 1 << 18
+
 
 class ServedBase:
     """What `lorasrv_adapters.normalize` asks of a base. Read-only; any thread may use it.
@@ -45,23 +47,27 @@ class ServedBase:
 
     @property
     def digest(self) -> str:
-        """sha256 over config and all stored tensors, 64 hex digits. Blocks: the first use reads the whole model."""
+        """sha256 over config and all weights as served, 64 hex digits. Blocks: the first use reads the whole model.
+
+        Bytes decide for what is held in 4 bits, numbers for the rest: one base held in float32 or, exactly, in
+        bfloat16, quantized by the server or before, has one digest.
+        """
         return self._digest
 
     # a cached_property itself does not pass for the `str` that callers ask for
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256(self._identity.encode())
+        digest = hashlib.sha256(b"lorasrv-base-1\n" + self._identity.encode())
         for name, weight in self._stored():
-            digest.update(f"\n{name} {tuple(weight.shape)} ".encode())
-            for tensor in _storage(weight):
-                digest.update(f"{tensor.dtype} {tensor.numel()} ".encode())
-                # reinterpreted, since numpy knows no bfloat16
-                digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+            kind = "nf4" if isinstance(weight, NF4Weight) else "wide"
+            digest.update(f"\n{name} {kind} {tuple(weight.shape)} ".encode())
+            for piece in _pieces(weight):
+                digest.update(piece.cpu().numpy().data)
         return digest.hexdigest()
 
 
-def _storage(weight: Weight) -> tuple[Tensor, ...]:
+def _pieces(weight: Weight) -> Iterator[Tensor]:
     if isinstance(weight, NF4Weight):
-        return (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
-    return (weight.reshape(-1),)
+        yield from (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+    else:
+        yield from (piece.float() for piece in weight.flatten().split(_CHUNK_ELEMENTS))

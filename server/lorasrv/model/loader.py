@@ -1,7 +1,8 @@
 """From a folder of safetensors to a served model: checked as a whole first, then read one decoder layer at a time.
 
-Linear layers are quantized from the memory map in chunks of rows; no wide copy of the base is ever made. Knows file
-layouts; does not know where the folder came from.
+Linear layers are quantized from the memory map in chunks of rows; no wide copy of the base is ever made. What was
+quantized before stays where it is on a CPU: the model is then a view of the mapped files, which processes share.
+Knows file layouts; does not know where the folder came from.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from lorasrv.model.decoder import DecoderLayer, DecoderModel
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix, linear_shapes, wide_shapes
 
 _FLOATS = ("F32", "F16", "BF16")
+# where PyTorch's own tensors begin
+_BORDER_BYTES = 64
 # old checkpoints store what is computed from the config
 _COMPUTED = ".rotary_emb.inv_freq"
 
@@ -35,6 +38,9 @@ def load_model(
 ) -> DecoderModel:
     """Loads a model folder; blocks, for large models for minutes.
 
+    On a CPU, a folder that is quantized already must stay unchanged for as long as the model is in use (see
+    `lorasrv.model.checkpoint`); any other is not looked at again.
+
     Args:
         source: folder with `config.json` and safetensors files, 16 or 32 bit or quantized by bitsandbytes.
         dtype: of everything that is not quantized, and of the activations.
@@ -48,8 +54,14 @@ def load_model(
     config = read_model_config(source)
     with Checkpoint(source) as checkpoint:
         _check(checkpoint, config)
-        quantize = quantize and not any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
-        reader = _Reader(checkpoint, dtype=dtype, device=torch.device(device), quantize=quantize)
+        quantized = any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
+        reader = _Reader(
+            checkpoint,
+            dtype=dtype,
+            device=torch.device(device),
+            quantize=quantize and not quantized,
+            copy=not quantized,
+        )
         layers = [reader.layer(config, index) for index in range(config.num_layers)]
         return DecoderModel(
             config,
@@ -62,11 +74,14 @@ def load_model(
 
 
 class _Reader:
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantize: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantize: bool, copy: bool
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self._quantize = quantize
+        self._copy = copy
 
     def layer(self, config: ModelConfig, index: int) -> DecoderLayer:
         prefix = layer_prefix(index)
@@ -75,7 +90,10 @@ class _Reader:
         return DecoderLayer(config, norms=(first, second), weights=weights, layer=index)
 
     def wide(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype, copy=True)
+        stored = self._checkpoint.tensor(name)
+        # the sums of a product may depend on where its rows begin
+        copy = self._copy or stored.data_ptr() % _BORDER_BYTES != 0
+        return stored.to(device=self._device, dtype=self._dtype, copy=copy)
 
     def linear(self, name: str) -> Weight:
         if prequantized.is_quantized(self._checkpoint, name):
@@ -125,6 +143,5 @@ def _check_wide(checkpoint: Checkpoint, name: str, shape: Sequence[int], reasons
 
 
 def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    return checkpoint.shapes[name] == checkpoint.shapes[other] and torch.equal(
-        checkpoint.tensor(name), checkpoint.tensor(other)
-    )
+    kinds = [(checkpoint.shapes[each], checkpoint.dtypes[each]) for each in (name, other)]
+    return kinds[0] == kinds[1] and torch.equal(checkpoint.tensor(name), checkpoint.tensor(other))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lorasrv_kernels.nf4 import NF4Weight
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, NESTED_BLOCK_SIZE, levels, nested_codes
-from torch import Tensor
 
 from lorasrv.model.checkpoint import Checkpoint
 
@@ -46,13 +45,14 @@ def check(checkpoint: Checkpoint, name: str, shape: tuple[int, int], reasons: li
 
 
 def read(checkpoint: Checkpoint, name: str) -> NF4Weight:
-    """Copies a quantized tensor that passed `check` out of the memory map."""
+    """A quantized tensor that passed `check`: a view of the mapped file, but for its offset."""
     state = _state(checkpoint, name)
     out_features, in_features = state["shape"]
     return NF4Weight(
-        packed=_bytes(checkpoint.tensor(name)).clone(),
-        absmax=checkpoint.tensor(f"{name}.absmax").flatten().clone(),
-        nested_absmax=checkpoint.tensor(f"{name}.nested_absmax").flatten().clone(),
+        # FSDP checkpoints keep the packed bytes under a float dtype
+        packed=checkpoint.stored_bytes(name),
+        absmax=checkpoint.tensor(f"{name}.absmax").flatten(),
+        nested_absmax=checkpoint.tensor(f"{name}.nested_absmax").flatten(),
         offset=torch.tensor([state["nested_offset"]], dtype=torch.float32),
         out_features=(out_features,),
         in_features=in_features,
@@ -79,7 +79,7 @@ def _check_parts(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> l
         found = checkpoint.dtypes[f"{name}.{part}"], math.prod(checkpoint.shapes[f"{name}.{part}"])
         if found != (dtype, length):
             wrong.append(f"{part} must be {dtype} [{length}], got {found[0]} [{found[1]}]")
-    num_bytes = checkpoint.tensor(name).nbytes
+    num_bytes = checkpoint.stored_bytes(name).nbytes
     if num_bytes != math.ceil(math.prod(shape) / 2):
         wrong.append(f"{list(shape)} takes {math.ceil(math.prod(shape) / 2)} bytes, got {num_bytes}")
     return wrong or _check_tables(checkpoint, name)
@@ -112,16 +112,11 @@ def _check_tables(checkpoint: Checkpoint, name: str) -> list[str]:
 
 def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The JSON object of the quantization's settings; empty when it cannot be read."""
-    stored = checkpoint.tensor(f"{name}.{STATE}")
-    if stored.dtype != torch.uint8 or stored.numel() > _MAX_STATE_BYTES:
+    stored = checkpoint.stored_bytes(f"{name}.{STATE}")
+    if checkpoint.dtypes[f"{name}.{STATE}"] != "U8" or len(stored) > _MAX_STATE_BYTES:
         return {}
     try:
         state = json.loads(bytes(stored.tolist()))
     except ValueError:
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def _bytes(stored: Tensor) -> Tensor:
-    # FSDP checkpoints keep the packed bytes under a float dtype
-    return stored.contiguous().flatten().view(torch.uint8)

@@ -81,6 +81,40 @@ def test_their_folder_is_bit_for_bit_what_we_quantize(tiny, written_by_bitsandby
     assert ours.base.digest == theirs.base.digest
 
 
+def test_one_base_has_one_digest(tiny, written_by_bitsandbytes, tmp_path):
+    """Served in another dtype that holds its numbers, stored in another one, or quantized before."""
+    source, _ = tiny(dtype=torch.bfloat16)
+    wide = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(wide, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    write_quantized(load_model(source, **CPU), source=source, folder=tmp_path / "out")
+    folders = (source, tmp_path, tmp_path / "out", written_by_bitsandbytes)
+    digests = {
+        load_model(folder, dtype=dtype, device="cpu").base.digest
+        for folder in folders
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert len(digests) == 1
+    wide["model.layers.1.input_layernorm.weight"][5] += 0.01
+    save_file(wide, tmp_path / "model.safetensors")
+    assert load_model(tmp_path, dtype=torch.float32).base.digest not in digests
+
+
+def test_their_folder_is_not_copied_but_where_products_are_fused(written_by_bitsandbytes):
+    model = load_model(written_by_bitsandbytes, **CPU)
+    size = (written_by_bitsandbytes / "model.safetensors").stat().st_size
+    weights = dict(model.stored())
+    for module, mapped in {"self_attn.o_proj": True, "mlp.down_proj": True, "mlp.up_proj": False}.items():
+        weight = weights[f"model.layers.1.{module}.weight"]
+        assert isinstance(weight, NF4Weight)
+        for part in ("packed", "absmax", "nested_absmax"):
+            assert (getattr(weight, part).untyped_storage().nbytes() == size) == mapped, (module, part)
+    for name, weight in weights.items():
+        if not isinstance(weight, NF4Weight):
+            # where PyTorch would put them, so that no sum depends on the file
+            assert weight.data_ptr() % 64 == 0, name
+
+
 @pytest.mark.parametrize("kind", ["llama3", "tied"])
 def test_transformers_loads_our_folder(tiny, tmp_path, kind):
     source, _ = tiny(kind, dtype=torch.bfloat16)
