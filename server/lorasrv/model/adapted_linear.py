@@ -25,7 +25,9 @@ class AdaptedLinear:
         out_features: the width of each module, in order.
     """
 
-    def __init__(self, weights: Sequence[Weight], *, first_module: int) -> None:
+    def __init__(
+        self, weights: Sequence[Weight], *, first_module: int, biases: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Takes one weight [O, I] per module, each quantized on its own; they are stored as one where they are alike.
 
         Weights that lie in a row in memory are not copied for that.
@@ -33,10 +35,13 @@ class AdaptedLinear:
         Args:
             weights: of one I.
             first_module: place of the first module in the model's module order.
+            biases: one [O] in the dtype of the activations per module, or None where a module has none.
         """
         self.out_features = tuple(weight.shape[0] for weight in weights)
         self._modules = slice(first_module, first_module + len(weights))
         self._parts = _fuse(weights)
+        self._has_bias = tuple(bias is not None for bias in biases or [None] * len(weights))
+        self._bias = _fuse_biases(biases or (), self.out_features)
 
     def forward(self, x: Tensor, batch: StepBatch) -> Tensor:
         """x: [T, I]. Returns a new contiguous [T, sum of out_features]."""
@@ -45,6 +50,8 @@ class AdaptedLinear:
         if batch.slots.num_entries:
             table = batch.table[:, self._modules]
             lora_apply_(y, x, batch.arena, table, out_features=self.out_features, slots=batch.slots)
+        if self._bias is not None:
+            y += self._bias
         return y
 
     def weight(self, index: int) -> Weight:
@@ -55,6 +62,13 @@ class AdaptedLinear:
         if isinstance(fused, NF4Weight):
             return fused.slice(index)
         views: tuple[Tensor, ...] = fused.split(self.out_features)
+        return views[index]
+
+    def bias(self, index: int) -> Tensor | None:
+        """The bias [O] of one module, a view of what is stored; None where it has none."""
+        if self._bias is None or not self._has_bias[index]:
+            return None
+        views: tuple[Tensor, ...] = self._bias.split(self.out_features)
         return views[index]
 
 
@@ -77,3 +91,12 @@ def _fuse(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     if len(weights) > 1 and len(dense) == len(weights):
         return (concatenate(dense),)
     return tuple(weights)
+
+
+def _fuse_biases(biases: Sequence[Tensor | None], out_features: Sequence[int]) -> Tensor | None:
+    """All biases one after the other, zeros for a module without one; None where there is none at all."""
+    one = next((bias for bias in biases if bias is not None), None)
+    if one is None:
+        return None
+    pairs = zip(biases, out_features, strict=True)
+    return torch.cat([one.new_zeros(size) if bias is None else bias for bias, size in pairs])

@@ -19,6 +19,7 @@ class ServedBase:
 
     Attributes:
         modules: name -> (O, I) of every linear an adapter may target, in module order.
+        biases: module name -> [O] of every module with a bias, in float32 on the CPU.
     """
 
     def __init__(
@@ -35,6 +36,11 @@ class ServedBase:
         }
         self.modules: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in self._weights.items()
+        }
+        self.biases: Mapping[str, Tensor] = {
+            name.removesuffix(".bias"): bias.to(device="cpu", dtype=torch.float32, copy=True)
+            for name, bias in stored()
+            if isinstance(bias, Tensor) and name.endswith(".bias")
         }
 
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""What a `config.json` says about a Llama model, in the spellings of transformers 4 and 5.
+"""What a `config.json` says about a model of a served family, in the spellings of transformers 4 and 5.
 
-Every key is honoured, known to change nothing, or named in the refusal. Knows no tensors.
+Every key is honoured, known to change nothing, or named in the refusal. What differs between families is in
+`lorasrv.model.families`. Knows no tensors.
 """
 
 import json
@@ -10,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lorasrv.errors import ModelLoadError
+from lorasrv.model.families import DEFAULTS, FAMILIES, Family
 from lorasrv.model.rope import RopeConfig, parse_rope
 
-ARCHITECTURE = "LlamaForCausalLM"
-
+_LAYER_TYPES = _FULL, _SLIDING = "full_attention", "sliding_attention"
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _HONOURED = {
     *_SIZES,
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "architectures", "model_type", "quantization_config"),
-    *("bos_token_id", "eos_token_id", "torch_dtype", "dtype"),
+    *("bos_token_id", "eos_token_id", "torch_dtype", "dtype", "layer_types"),
 }
 # keys whose only served value is the one that changes nothing
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -54,7 +55,7 @@ _INERT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A Llama model: sizes, positions, special tokens, and how its checkpoint is stored."""
+    """A decoder-only model: sizes, positions, what its layers have, special tokens, how its checkpoint is stored."""
 
     vocab_size: int
     hidden_size: int
@@ -67,6 +68,12 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
+    biased_modules: tuple[str, ...]
+    """Linear layers of every decoder layer that have a bias, e.g. "self_attn.q_proj"."""
+    qk_norm: bool
+    """Whether every head of query and key has a norm."""
+    windows: tuple[int, ...]
+    """Per layer, how many positions a token sees, its own included; 0: all of them."""
     bos_id: int | None
     eos_ids: tuple[int, ...]
     stored_dtype: str
@@ -96,44 +103,37 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         ModelLoadError: it asks for something that is not served; lists everything.
     """
     reasons: list[str] = []
-    _check_architecture(raw, reasons)
-    _check_other_keys(raw, reasons)
-    sizes = {key: _size(raw, key, reasons) for key in _SIZES}
-    heads = sizes["num_attention_heads"]
-    kv_heads = _size(raw, "num_key_value_heads", reasons, default=heads)
-    if heads % kv_heads:
-        reasons.append(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
-    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        reasons.append(f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads {heads}")
-    head_size = _size(raw, "head_dim", reasons, default=max(1, sizes["hidden_size"] // heads))
-    if head_size % 2:
-        reasons.append(f"the head size must be even for rotary positions, got {head_size}")
-    max_positions = _size(raw, "max_position_embeddings", reasons, default=2048)
-    rope = parse_rope(raw, max_position_embeddings=max_positions, reasons=reasons)
-    epsilon = raw.get("rms_norm_eps", 1e-6)
-    if not isinstance(epsilon, int | float):
-        reasons.append(f"rms_norm_eps must be a number, got {json.dumps(epsilon)}")
     _check_quantization(raw.get("quantization_config"), reasons)
-    bos_ids = parse_token_ids("bos_token_id", raw.get("bos_token_id"), reasons)
-    eos_ids = parse_token_ids("eos_token_id", raw.get("eos_token_id"), reasons)
-    if reasons:
+    family = _family(raw, reasons)
+    if family is None:
         raise ModelLoadError(reasons)
-    return ModelConfig(
+    _check_other_keys(raw, family, reasons)
+    values = {**DEFAULTS, **family.defaults, **{key: raw[key] for key in raw if key in _HONOURED | family.keys}}
+    sizes = {key: _size(values, key, reasons) for key in _SIZES}
+    num_heads, num_kv_heads, head_size = _heads(values, sizes, reasons)
+    max_positions = _size(values, "max_position_embeddings", reasons, default=family.default("max_position_embeddings"))
+    config = ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
         num_layers=sizes["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_size=head_size,
         max_position_embeddings=max_positions,
-        rms_norm_eps=float(epsilon),
-        rope=rope,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=eos_ids,
-        stored_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        rms_norm_eps=_epsilon(values, reasons),
+        rope=parse_rope(values, max_position_embeddings=max_positions, reasons=reasons),
+        tie_word_embeddings=_flag(values, "tie_word_embeddings", reasons),
+        biased_modules=_biased_modules(values, family, reasons),
+        qk_norm=family.qk_norm,
+        windows=_windows(values, family, sizes["num_hidden_layers"], reasons),
+        bos_id=next(iter(parse_token_ids("bos_token_id", values.get("bos_token_id"), reasons)), None),
+        eos_ids=parse_token_ids("eos_token_id", values.get("eos_token_id"), reasons),
+        stored_dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
     )
+    if reasons:
+        raise ModelLoadError(reasons)
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,25 +162,79 @@ def parse_token_ids(key: str, value: object, reasons: list[str]) -> tuple[int, .
     return tuple(values)
 
 
-def _check_architecture(raw: Mapping[str, Any], reasons: list[str]) -> None:
+def _family(raw: Mapping[str, Any], reasons: list[str]) -> Family | None:
     architectures = raw.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        reasons.append(f"architectures must be [{ARCHITECTURE!r}], got {json.dumps(architectures)}")
-    if raw.get("model_type", "llama") != "llama":
-        reasons.append(f"model_type must be 'llama', got {json.dumps(raw['model_type'])}")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        reasons.append(f"architectures must be one of {', '.join(FAMILIES)}, got {json.dumps(architectures)}")
+    elif raw.get("model_type", family.model_type) != family.model_type:
+        reasons.append(f"model_type of {name} must be {family.model_type!r}, got {json.dumps(raw['model_type'])}")
+    return family
 
 
-def _check_other_keys(raw: Mapping[str, Any], reasons: list[str]) -> None:
+def _check_other_keys(raw: Mapping[str, Any], family: Family, reasons: list[str]) -> None:
     for key, value in raw.items():
-        if key in _HONOURED or key in _INERT:
+        if key in _HONOURED or key in family.keys or key in _INERT:
             continue
         if key in _FIXED:
             if value is not None and value not in _FIXED[key]:
                 reasons.append(f"{key} = {json.dumps(value)} is not served; only {json.dumps(_FIXED[key][-1])} is")
-        elif key == "layer_types" and value and set(value) == {"full_attention"}:
-            continue
         elif value not in (None, False, "", 0) and value != {} and value != []:
             reasons.append(f"{key} = {json.dumps(value)} is not honoured")
+
+
+def _heads(values: Mapping[str, Any], sizes: Mapping[str, int], reasons: list[str]) -> tuple[int, int, int]:
+    """Numbers of query heads and of KV heads, and the size of a head."""
+    num_heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    num_kv_heads = _size(values, "num_key_value_heads", reasons, default=num_heads)
+    if num_heads % num_kv_heads:
+        reasons.append(f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}")
+    if values.get("head_dim") is None and hidden % num_heads:
+        reasons.append(f"hidden_size {hidden} must be a multiple of num_attention_heads {num_heads}")
+    head_size = _size(values, "head_dim", reasons, default=max(1, hidden // num_heads))
+    if head_size % 2:
+        reasons.append(f"the head size must be even for rotary positions, got {head_size}")
+    return num_heads, num_kv_heads, head_size
+
+
+def _biased_modules(values: Mapping[str, Any], family: Family, reasons: list[str]) -> tuple[str, ...]:
+    asked = [modules for key, modules in family.bias_keys.items() if _flag(values, key, reasons)]
+    return (*family.biased, *(module for modules in asked for module in modules))
+
+
+def _windows(values: Mapping[str, Any], family: Family, num_layers: int, reasons: list[str]) -> tuple[int, ...]:
+    in_use = _flag(values, "use_sliding_window", reasons) and values["sliding_window"] is not None
+    window = _size(values, "sliding_window", reasons) if in_use else 0
+    first = values["max_window_layers"]
+    if not isinstance(first, int):
+        reasons.append(f"max_window_layers must be an integer, got {json.dumps(first)}")
+        return ()
+    types = [_SLIDING if window and layer >= first else _FULL for layer in range(num_layers)]
+    stated = values.get("layer_types") or types
+    if not isinstance(stated, list) or len(stated) != num_layers or not all(kind in _LAYER_TYPES for kind in stated):
+        reasons.append(f"layer_types must be {num_layers} of {', '.join(_LAYER_TYPES)}, got {json.dumps(stated)}")
+        return ()
+    if _SLIDING in stated and not window:
+        reasons.append(f"layer_types has {_SLIDING}, but no sliding_window is in use")
+    elif stated != types and "layer_types" not in family.keys:
+        reasons.append(f"layer_types must be {types[0]} in all layers of this family, got {json.dumps(stated)}")
+    return tuple(window if kind == _SLIDING else 0 for kind in stated)
+
+
+def _epsilon(values: Mapping[str, Any], reasons: list[str]) -> float:
+    epsilon = values["rms_norm_eps"]
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+        reasons.append(f"rms_norm_eps must be a number, got {json.dumps(epsilon)}")
+        return 0.0
+    return float(epsilon)
+
+
+def _flag(values: Mapping[str, Any], key: str, reasons: list[str]) -> bool:
+    value = values[key]
+    if value is not None and not isinstance(value, bool):
+        reasons.append(f"{key} must be true or false, got {json.dumps(value)}")
+    return value is True
 
 
 def _size(raw: Mapping[str, Any], key: str, reasons: list[str], *, default: int | None = None) -> int:

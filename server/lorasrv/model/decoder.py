@@ -3,7 +3,7 @@
 Knows the model; does not know requests, scheduling or sampling, nor which method an adapter used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from lorasrv_kernels.dense import dense_linear
@@ -16,23 +16,34 @@ from lorasrv.model.base import ServedBase
 from lorasrv.model.batch import StepBatch
 from lorasrv.model.config import ModelConfig
 from lorasrv.model.layers import RMSNorm, RotaryTable, silu_mul
-from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
 
 
 class DecoderLayer:
     """One decoder layer: attention, then the gated feed-forward part, each behind its norm."""
 
     def __init__(
-        self, config: ModelConfig, *, norms: tuple[Tensor, Tensor], weights: Sequence[Weight], layer: int
+        self,
+        config: ModelConfig,
+        *,
+        norms: Mapping[str, Tensor],
+        weights: Sequence[Weight],
+        biases: Mapping[str, Tensor],
+        layer: int,
     ) -> None:
-        """Takes the weights in the order of `lorasrv.model.tensors.MODULES`."""
-        first = layer * len(MODULES)
-        self.input_norm, self.post_attention_norm = (RMSNorm(norm, epsilon=config.rms_norm_eps) for norm in norms)
-        qkv = AdaptedLinear(weights[:3], first_module=first)
-        output = AdaptedLinear(weights[3:4], first_module=first + 3)
-        self.attention = Attention(config, qkv=qkv, output=output, layer=layer)
-        self.gate_up = AdaptedLinear(weights[4:6], first_module=first + 4)
-        self.down = AdaptedLinear(weights[6:], first_module=first + 6)
+        """Takes the weights in the order of `MODULES`, norms and biases by their names within the layer."""
+        self.norms = {name: RMSNorm(norm, epsilon=config.rms_norm_eps) for name, norm in norms.items()}
+        self.input_norm, self.post_attention_norm = (self.norms[name] for name in NORMS)
+        found = [biases.get(module) for module in MODULES]
+
+        def group(start: int, stop: int) -> AdaptedLinear:
+            first = layer * len(MODULES) + start
+            return AdaptedLinear(weights[start:stop], first_module=first, biases=found[start:stop])
+
+        qk_norms = [self.norms[name] for name in QK_NORMS if name in self.norms]
+        self.attention = Attention(config, qkv=group(0, 3), output=group(3, 4), qk_norms=qk_norms, layer=layer)
+        self.gate_up = group(4, 6)
+        self.down = group(6, 7)
 
     def forward(self, x: Tensor, angles: Tensor, batch: StepBatch) -> Tensor:
         """x: [T, I], changed in place; angles: [T, 1, D]. Returns x."""
@@ -109,11 +120,14 @@ class DecoderModel:
         yield EMBEDDING, self._embedding
         for index, layer in enumerate(self._layers):
             prefix = layer_prefix(index)
-            for name, norm in zip(NORMS, (layer.input_norm, layer.post_attention_norm), strict=True):
+            for name, norm in layer.norms.items():
                 yield f"{prefix}.{name}.weight", norm.weight
-            weights = [group.weight(place) for group in layer.groups() for place in range(len(group.out_features))]
-            for module, weight in zip(MODULES, weights, strict=True):
-                yield f"{prefix}.{module}.weight", weight
+            places = [(group, place) for group in layer.groups() for place in range(len(group.out_features))]
+            for module, (group, place) in zip(MODULES, places, strict=True):
+                yield f"{prefix}.{module}.weight", group.weight(place)
+                bias = group.bias(place)
+                if bias is not None:
+                    yield f"{prefix}.{module}.bias", bias
         yield FINAL_NORM, self._final_norm.weight
         if self._head is not self._embedding:
             yield HEAD, self._head

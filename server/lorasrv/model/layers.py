@@ -1,4 +1,4 @@
-"""The parts of a Llama layer between its products: norm, rotary positions, gated activation.
+"""The parts of a decoder layer between its products: norm, rotary positions, gated activation.
 
 Every function works row by row: a row's result has the same bits however many rows there are. Knows no weights but the
 norm's.
@@ -18,12 +18,12 @@ class RMSNorm:
     """Root mean square norm, https://arxiv.org/abs/1910.07467 equation 4; in float32 inside."""
 
     def __init__(self, weight: Tensor, *, epsilon: float) -> None:
-        """Keeps `weight` [I], in the dtype of the model."""
+        """Keeps `weight` [I] or [D], in the dtype of the model."""
         self.weight = weight
         self._epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, I], the dtype of the model. Returns a new [T, I]."""
+        """x: [T, I] or [T, H, D], any strides, the dtype of the model. Returns a new tensor of its shape."""
         wide = x.float()
         inverse = wide.pow(2).mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
         return (wide * inverse).to(x.dtype).mul_(self.weight)

@@ -19,7 +19,16 @@ from lorasrv.model.adapted_linear import Weight
 from lorasrv.model.checkpoint import Checkpoint
 from lorasrv.model.config import ModelConfig, read_model_config
 from lorasrv.model.decoder import DecoderLayer, DecoderModel
-from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, layer_prefix, linear_shapes, wide_shapes
+from lorasrv.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MODULES,
+    layer_norms,
+    layer_prefix,
+    linear_shapes,
+    wide_shapes,
+)
 
 _FLOATS = ("F32", "F16", "BF16")
 # where PyTorch's own tensors begin
@@ -85,9 +94,10 @@ class _Reader:
 
     def layer(self, config: ModelConfig, index: int) -> DecoderLayer:
         prefix = layer_prefix(index)
-        first, second = (self.wide(f"{prefix}.{norm}.weight") for norm in NORMS)
+        norms = {norm: self.wide(f"{prefix}.{norm}.weight") for norm in layer_norms(config)}
         weights = [self.linear(f"{prefix}.{module}.weight") for module in MODULES]
-        return DecoderLayer(config, norms=(first, second), weights=weights, layer=index)
+        biases = {module: self.wide(f"{prefix}.{module}.bias") for module in config.biased_modules}
+        return DecoderLayer(config, norms=norms, weights=weights, biases=biases, layer=index)
 
     def wide(self, name: str) -> Tensor:
         stored = self._checkpoint.tensor(name)

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of a Llama checkpoint. Knows no files."""
+"""Names and shapes of the tensors of a checkpoint, for every family. Knows no files."""
 
 from lorasrv.model.config import ModelConfig
 
@@ -17,6 +17,9 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 NORMS = ("input_layernorm", "post_attention_layernorm")
+"""The norms of a decoder layer over the hidden size."""
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""The norms over the head size, in the families that have them."""
 
 
 def layer_prefix(layer: int) -> str:
@@ -24,25 +27,50 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}"
 
 
+def layer_norms(config: ModelConfig) -> tuple[str, ...]:
+    """The norms of every decoder layer, named within it."""
+    return (*NORMS, *QK_NORMS) if config.qk_norm else NORMS
+
+
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Weight name -> (O, I) of every linear in decoder layers, in module order."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    shapes = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (inner, hidden), (inner, hidden)]
-    shapes.append((hidden, inner))
     return {
         f"{layer_prefix(layer)}.{module}.weight": shape
         for layer in range(config.num_layers)
-        for module, shape in zip(MODULES, shapes, strict=True)
+        for module, shape in _module_shapes(config).items()
     }
 
 
+def bias_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Bias name -> (O,) of every linear in decoder layers that has one, in module order."""
+    return {
+        f"{layer_prefix(layer)}.{module}.bias": (shape[0],)
+        for layer in range(config.num_layers)
+        for module, shape in _module_shapes(config).items()
+        if module in config.biased_modules
+    }
+
+
+def norm_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Weight name -> (I,), or (D,) for a norm of heads, of every norm: those of the layers, then the final one."""
+    sizes = {norm: config.head_size if norm in QK_NORMS else config.hidden_size for norm in layer_norms(config)}
+    shapes: dict[str, tuple[int]] = {
+        f"{layer_prefix(layer)}.{norm}.weight": (size,)
+        for layer in range(config.num_layers)
+        for norm, size in sizes.items()
+    }
+    return {**shapes, FINAL_NORM: (config.hidden_size,)}
+
+
 def wide_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what is never quantized: embedding, norms and an untied head."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), FINAL_NORM: (hidden,)}
-    for layer in range(config.num_layers):
-        shapes |= {f"{layer_prefix(layer)}.{norm}.weight": (hidden,) for norm in NORMS}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
+    """Name -> shape of what is never quantized: embedding, norms, biases and an untied head."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, **norm_shapes(config), **bias_shapes(config)}
+    return shapes if config.tie_word_embeddings else {**shapes, HEAD: table}
+
+
+def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    shapes = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (inner, hidden), (inner, hidden)]
+    return dict(zip(MODULES, [*shapes, (hidden, inner)], strict=True))
