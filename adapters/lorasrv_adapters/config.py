@@ -16,6 +16,7 @@ from lorasrv_adapters.patterns import PatternError, PatternTable, Targets
 Kind = Literal["lora", "rslora", "dora", "adalora"]
 
 CONFIG_NAME = "adapter_config.json"
+MAX_KEYS = 512
 MAX_RANK = 1 << 16
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8.0
@@ -138,10 +139,12 @@ def examine_adapter_config(source: bytes | Mapping[str, object]) -> tuple[Adapte
     raw = parse_json(source, CONFIG_NAME) if isinstance(source, bytes) else source
     if not isinstance(raw, Mapping):
         raise AdapterCorruptError([f"{CONFIG_NAME} is not a JSON object"])
+    if len(raw) > MAX_KEYS:
+        raise AdapterCorruptError([f"{CONFIG_NAME} has {len(raw)} keys; at most {MAX_KEYS} are accepted"])
     fields = Fields(raw, CONFIG_NAME)
     method = raw.get("peft_type")
     if method not in ("LORA", "ADALORA"):
-        return None, [f"peft_type {method!r} is not supported; LORA and ADALORA are"]
+        return None, [f"peft_type {str(method)[:80]!r} is not supported; LORA and ADALORA are"]
     adalora = method == "ADALORA"
     _refuse_keys(fields, INERT | INERT_ADALORA | {"r"} if adalora else INERT)
     config = _adalora_config(fields) if adalora else _lora_config(fields)

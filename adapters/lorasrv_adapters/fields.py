@@ -13,13 +13,14 @@ from lorasrv_adapters.errors import AdapterCorruptError
 
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 16
+MAX_JSON_CONTAINERS = 20_000
 MAX_TEXT_CHARS = 4096
 
 V = TypeVar("V")
 
 
 def parse_json(content: bytes, name: str) -> object:
-    """Decode JSON within limits: 1 MiB, 16 levels, no duplicate keys, no NaN or Infinity.
+    """Decode JSON within limits: 1 MiB, 16 levels, 20 000 lists and objects, no duplicate keys, no NaN or Infinity.
 
     Args:
         content: The bytes.
@@ -30,8 +31,11 @@ def parse_json(content: bytes, name: str) -> object:
     """
     if len(content) > MAX_JSON_BYTES:
         raise AdapterCorruptError([f"{name} has {len(content)} bytes; at most {MAX_JSON_BYTES} are accepted"])
+    if content.count(b"[") + content.count(b"{") > MAX_JSON_CONTAINERS:
+        raise AdapterCorruptError([f"{name} holds more than {MAX_JSON_CONTAINERS} lists and objects"])
     try:
-        value = json.loads(content, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+        # UTF-8 only, where json.loads on bytes would also take UTF-16 and UTF-32
+        value = json.loads(content.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise AdapterCorruptError([f"{name} is not valid JSON: {error}"]) from error
     if _depth_exceeds(value, MAX_JSON_DEPTH):

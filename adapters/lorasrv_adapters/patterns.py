@@ -1,7 +1,8 @@
 """Module names against the patterns of an adapter's config, with PEFT's meaning and in linear time.
 
-PEFT's patterns are Python regular expressions, which can take exponential time. Here they run in RE2; what RE2 cannot
-parse, or could read differently, is refused. This module knows names and patterns, no tensors.
+PEFT's patterns are Python regular expressions, which can take exponential time. Here they run in RE2, and only those
+written in the part of the syntax that both engines read alike; the rest is refused. This module knows names and
+patterns, no tensors.
 """
 
 import re
@@ -17,12 +18,30 @@ MAX_PATTERN_CHARS = 1024
 MAX_PATTERNS = 2048
 """Most patterns in one table."""
 
+MAX_PATTERN_BYTES = 1 << 16
+"""Memory of one compiled pattern; the names of all modules of a layer, spelled out, take a quarter."""
+
+MAX_TABLE_INSTRUCTIONS = 1 << 17
+"""RE2 instructions of one table's patterns together; a module's full name takes about 80."""
+
 ALL_LINEAR = "all-linear"
 """Stands for every linear layer of the base."""
 
-# sets that Python reads literally, or warns about, and RE2 may read as classes
-_AMBIGUOUS = ("[[", "--", "&&", "~~", "||")
-
+# Python and RE2 differ in: {,n}, {01}, [[:alpha:]], \12, \B, possessive and repeated quantifiers, inline flags,
+# beyond ASCII, and in group names that stand twice
+_COMMON_SYNTAX = re.compile(
+    r"""(?:
+        (?: [A-Za-z0-9_ \-:=@/,;<>~!%&'"`#.]
+          | \\[dDwWsS.\-\\^$|?*+()\[\]{}/]
+          | \[\^?-? (?: \\[dDwWsS] | CHARACTER(?:-CHARACTER)? )* -?\]
+          | \)
+        ) (?: (?:[*+?]|\{(?:0|[1-9][0-9]*)(?:,(?:0|[1-9][0-9]*)?)?\}) \?? )?
+      | \( (?:\?:)?
+      | [\^$|]
+      | \\[bA]
+    )*+""".replace("CHARACTER", r"(?:[A-Za-z0-9_ .:@/,^$?*+()|]|\\[.\-\\^\]\[])"),
+    re.VERBOSE,
+)
 
 V = TypeVar("V")
 
@@ -37,14 +56,23 @@ class Pattern:
 
     _compiled: "re2._Regexp"
 
+    @property
+    def num_instructions(self) -> int:
+        """Its size once compiled; matching a name takes at most this many steps for each character."""
+        return int(self._compiled.programsize)
+
     def matches(self, name: str) -> bool:
         """Whether the pattern matches from the start of `name`."""
         return self._compiled.match(name) is not None
 
+    def covers(self, name: str) -> bool:
+        """Whether the pattern matches all of `name`."""
+        return self._compiled.fullmatch(name) is not None
+
     def number(self, name: str) -> int | None:
-        """The group "index" of a match from the start of `name`, as a number; None without a match."""
+        """The group "idx" of a match from the start of `name`, -1 if it takes no part; None without a match."""
         match = self._compiled.match(name)
-        return None if match is None else int(str(match.group("index")))
+        return None if match is None else int(match.group("idx") or -1)
 
 
 class PatternTable(Generic[V]):
@@ -57,9 +85,8 @@ class PatternTable(Generic[V]):
     """
 
     def __init__(self, patterns: Sequence[tuple[str, V]]) -> None:
-        if len(patterns) > MAX_PATTERNS:
-            raise PatternError(f"{len(patterns)} patterns; at most {MAX_PATTERNS} are accepted")
-        self._table = [(compile_pattern(key, r"(.*\.)?({})$"), value) for key, value in patterns]
+        compiled = compile_patterns([key for key, _ in patterns], r"(.*\.)?({})$")
+        self._table = [(pattern, value) for pattern, (_, value) in zip(compiled, patterns, strict=True)]
 
     def find(self, name: str, default: V) -> V:
         """Return the value of the first pattern that matches `name`, or the default."""
@@ -92,37 +119,58 @@ class Targets:
         """Return the names that PEFT would adapt, given the names of all linear layers."""
         included = _matcher(self.include)
         excluded = _matcher(self.exclude) if self.exclude else lambda _: False
-        layers = [compile_pattern(key, r"(?:^|.*?\.){}\.(?P<index>\d+)\.") for key in self.layers_pattern]
-        layers = layers or [compile_pattern(r".*?\.[^.]*", r"{}\.(?P<index>\d+)\.")]
-        return frozenset(
-            name for name in names if included(name) and not excluded(name) and self._in_layers(name, layers)
-        )
+        in_layers = self._layer_matcher() if self.layers else lambda _: True
+        return frozenset(name for name in names if included(name) and not excluded(name) and in_layers(name))
 
-    def _in_layers(self, name: str, patterns: Sequence[Pattern]) -> bool:
-        # PEFT asks for the layer only where a name's ending was matched, not where the whole name is listed
-        if not self.layers or name in self.include:
-            return True
-        numbers = (pattern.number(name) for pattern in patterns)
-        return next((number for number in numbers if number is not None), -1) in self.layers
+    def _layer_matcher(self) -> Callable[[str], bool]:
+        patterns = compile_patterns(self.layers_pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+        patterns = patterns or compile_patterns([r".*?\.[^.]*"], r"{}\.(?P<idx>\d+)\.")
+        layers, listed = frozenset(self.layers), frozenset(self.include)
+
+        def matches(name: str) -> bool:
+            # PEFT asks for the layer only where a name's ending was matched, not where the whole name is listed
+            if name in listed:
+                return True
+            numbers = (pattern.number(name) for pattern in patterns)
+            return next((number for number in numbers if number is not None), -1) in layers
+
+        return matches
+
+
+def compile_patterns(sources: Sequence[str], frame: str) -> list[Pattern]:
+    """Compile the patterns of one table, each inside the frame.
+
+    Raises:
+        PatternError: There are too many, they are too large together, or one of them cannot be compiled.
+    """
+    if len(sources) > MAX_PATTERNS:
+        raise PatternError(f"{len(sources)} patterns; at most {MAX_PATTERNS} are accepted")
+    patterns: list[Pattern] = []
+    num_instructions = 0
+    for source in sources:
+        patterns.append(compile_pattern(source, frame))
+        num_instructions += patterns[-1].num_instructions
+        if num_instructions > MAX_TABLE_INSTRUCTIONS:
+            raise PatternError(f"the patterns up to {source!r} are too large together")
+    return patterns
 
 
 def compile_pattern(source: str, frame: str = "{}") -> Pattern:
     """Compile one pattern of a config inside a frame such as `(.*\\.)?({})$`.
 
     Raises:
-        PatternError: It is too long, Python or RE2 cannot parse it, or they could read it differently.
+        PatternError: It is too long or too large, RE2 cannot parse it, or Python could read it differently.
     """
     if len(source) > MAX_PATTERN_CHARS:
         raise PatternError(f"a pattern of {len(source)} characters; at most {MAX_PATTERN_CHARS} are accepted")
-    if any(token in source for token in _AMBIGUOUS):
-        raise PatternError(f"pattern {source!r} holds one of {', '.join(_AMBIGUOUS)}, whose meaning is ambiguous")
-    framed = frame.replace("{}", source)
+    if not _COMMON_SYNTAX.fullmatch(source):
+        raise PatternError(f"pattern {source!r} is written in syntax that is not supported")
     options = re2.Options()
     options.log_errors = False
+    options.max_mem = MAX_PATTERN_BYTES
     try:
-        re.compile(framed)
-        return Pattern(re2.compile(framed, options))
-    except (re.error, re2.error, OverflowError, RecursionError, UnicodeError) as error:
+        return Pattern(re2.compile(frame.replace("{}", source), options))
+    except re2.error as error:
         raise PatternError(f"pattern {source!r} cannot be used: {error}") from error
 
 
@@ -130,7 +178,7 @@ def _matcher(selection: str | tuple[str, ...]) -> Callable[[str], bool]:
     if isinstance(selection, str):
         if selection.lower() == ALL_LINEAR:
             return lambda _: True
-        return compile_pattern(selection, r"(?:{})$").matches
+        return compile_pattern(selection).covers
     endings = frozenset(selection)
     return lambda name: any(ending in endings for ending in _endings(name))
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The accepted element types."""
 
 _LENGTH_BYTES = 8
+_MAX_DIGITS = 16
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -48,9 +50,8 @@ class WeightLimits:
 DEFAULT_LIMITS = WeightLimits()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
-    """One tensor's place in the file.
+class TensorEntry(NamedTuple):
+    """One tensor's place in the file; a tuple, because there may be 20 000.
 
     Attributes:
         name: Its name.
@@ -106,7 +107,11 @@ def read_header(file: BufferedReader, limits: WeightLimits) -> list[TensorEntry]
     file_bytes = os.fstat(file.fileno()).st_size
     header = _read_header_bytes(file, file_bytes, limits)
     try:
-        content = json.loads(header, object_pairs_hook=unique_keys)
+        # UTF-8 only, where json.loads on bytes would also take UTF-16 and UTF-32
+        content = json.loads(
+            header.decode(), object_pairs_hook=unique_keys, parse_int=_size, parse_float=_size, parse_constant=_size
+        )
+        _refuse_surrogates(content)
     except (ValueError, RecursionError) as error:
         raise AdapterCorruptError([f"{WEIGHTS_NAME}: the header is not valid JSON: {error}"]) from error
     if not isinstance(content, dict):
@@ -166,10 +171,32 @@ def _read_header_bytes(file: BufferedReader, file_bytes: int, limits: WeightLimi
             [f"{WEIGHTS_NAME}: the header has {length} bytes; the limit is {limits.header_bytes}"]
         )
     header = file.read(length)
-    # a bound on the JSON values, before any of them becomes an object
-    if header.count(b"{") > limits.num_tensors + 2 or header.count(b",") > 10 * limits.num_tensors:
+    # one character beyond ASCII widens a whole string to four bytes for each of its characters
+    if 4 * length > limits.header_bytes and not (header.isascii() and b"\\u" not in header):
+        raise AdapterIncompatibleError(
+            [f"{WEIGHTS_NAME}: the header has {length} bytes; with characters beyond ASCII the limit is a quarter"]
+        )
+    # a bound on the JSON values, before any of them becomes an object: a tensor takes 1, 2 and 5 of these
+    most = {b"{": limits.num_tensors + 2, b"[": 3 * limits.num_tensors + 10, b",": 6 * limits.num_tensors + 100}
+    if any(header.count(mark) > count for mark, count in most.items()):
         raise AdapterIncompatibleError([f"{WEIGHTS_NAME} holds more than {limits.num_tensors} tensors"])
     return header
+
+
+def _size(text: str) -> int:
+    # a header has no other numbers; -0 would pass as one, and thousands of digits take long to convert
+    if len(text) > _MAX_DIGITS or not text.isdigit():
+        raise ValueError(f"{text[:40]} is no size")
+    return int(text)
+
+
+def _refuse_surrogates(content: object) -> None:
+    # JSON can spell halves of characters, which are no text: the safetensors library refuses them
+    if isinstance(content, dict):
+        "".join(content).encode()
+        metadata = content.get("__metadata__")
+        if isinstance(metadata, dict):
+            "".join(str(item) for pair in metadata.items() for item in pair).encode()
 
 
 def _check_metadata(metadata: object) -> None:
@@ -206,11 +233,13 @@ def _entry(name: str, raw: object) -> TensorEntry | None:
     shape, offsets = raw["shape"], raw["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return None
-    return TensorEntry(name=name, dtype=raw["dtype"], shape=tuple(shape), start=offsets[0], stop=offsets[1])
+    return TensorEntry(name, raw["dtype"], tuple(shape), *offsets)
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
+    return isinstance(value, list) and (
+        not value or (set(map(type, value)) == {int} and 0 <= min(value) <= max(value) < 1 << 48)
+    )
 
 
 def _check_layout(entries: list[TensorEntry], data_bytes: int, limits: WeightLimits) -> None:

@@ -65,7 +65,7 @@ MALFORMED = {
     "truncated header": lambda pack: pack(b"{}", length=200),
     "not json": lambda pack: pack(b"\x80\x81{"),
     "a list": lambda pack: pack([]),
-    "a very deep list": lambda pack: pack(b"[" * 100_000),
+    "a very deep list": lambda pack: pack(b"[" * 50_000),
     "truncated data": lambda pack: pack({"a": entry(0, 8)}, bytes(7)),
     "trailing junk": lambda pack: pack({"a": entry(0, 8)}, bytes(9)),
     "overlapping offsets": lambda pack: pack({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
