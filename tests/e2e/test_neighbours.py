@@ -7,11 +7,12 @@ import pytest
 import torch
 from lorasrv.engine.request import Request, SamplingParams
 from recorded_engine import Run, Served, run_engine
+from tiny_peft import save_adapter, save_base
 
 NUM_REQUESTS = 32
 
 
-def make_requests(served: Served, adapter_ids: list[str]) -> list[Request]:
+def make_requests(served: Served, adapter_ids: list[str], *, num_requests: int = NUM_REQUESTS) -> list[Request]:
     source = random.Random(1)
     return [
         Request(
@@ -27,7 +28,7 @@ def make_requests(served: Served, adapter_ids: list[str]) -> list[Request]:
             ),
             lease=served.lease(adapter_ids[index % len(adapter_ids)]),
         )
-        for index in range(NUM_REQUESTS)
+        for index in range(num_requests)
     ]
 
 
@@ -58,4 +59,24 @@ def test_neighbours_change_no_bit(
     )
     assert cut > 1
     assert mixed.runner.max_adapters >= 5
+    assert mixed.num_preemptions > 0
+
+
+def test_neighbours_change_no_bit_under_a_window(tmp_path: Path) -> None:
+    """A family with everything Llama lacks: a window shorter than most prompts, norms of heads, biases."""
+    # in the first layer, so that what the second one caches depends on it
+    window = {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
+    base_folder = save_base(tmp_path, "qwen3", attention_bias=True, **window)
+    adapters = {
+        kind: save_adapter(base_folder, tmp_path / kind, kind=kind, rank=3 + seed, seed=seed)
+        for seed, kind in enumerate(["lora", "dora"])
+    }
+    served = Served.load(base_folder, adapters, torch.float32)
+    assert served.model.config.windows == (40, 0)
+    requests = make_requests(served, ["", *adapters], num_requests=12)
+    mixed = run_engine(served, requests, arrival_seed=2, num_blocks=6, max_batched_tokens=48)
+    for request in make_requests(served, ["", *adapters], num_requests=12):
+        assert_same_bits(mixed, run_engine(served, [request]), request)
+    assert any(chunks > 1 for chunks in mixed.runner.num_chunks.values())
+    assert mixed.runner.max_adapters == 2
     assert mixed.num_preemptions > 0

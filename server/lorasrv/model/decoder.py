@@ -125,6 +125,7 @@ class DecoderModel:
             places = [(group, place) for group in layer.groups() for place in range(len(group.out_features))]
             for module, (group, place) in zip(MODULES, places, strict=True):
                 yield f"{prefix}.{module}.weight", group.weight(place)
+            for module, (group, place) in zip(MODULES, places, strict=True):
                 bias = group.bias(place)
                 if bias is not None:
                     yield f"{prefix}.{module}.bias", bias
