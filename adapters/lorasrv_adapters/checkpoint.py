@@ -37,12 +37,14 @@ def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits = D
     """
     with open_regular(folder / CONFIG_NAME) as file:
         config, reasons = examine_adapter_config(file.read(MAX_JSON_BYTES + 1))
+    if config is None:
+        # nothing tells what the tensors should be, so gigabytes of them need not be read
+        raise AdapterIncompatibleError(reasons)
     try:
-        tensors = read_weights(folder, limits)
-        adapter = None if config is None else normalize(config, tensors, base)
+        adapter = normalize(config, read_weights(folder, limits), base)
     except AdapterIncompatibleError as error:
         raise AdapterIncompatibleError([*reasons, *error.reasons]) from error
-    if adapter is None or reasons:
+    if reasons:
         raise AdapterIncompatibleError(reasons)
     return adapter
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import TypeGuard, TypeVar
 
 from lorasrv_adapters.errors import AdapterCorruptError
@@ -15,6 +16,7 @@ MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 16
 MAX_JSON_CONTAINERS = 20_000
 MAX_TEXT_CHARS = 4096
+MAX_ITEMS = 20_000
 
 V = TypeVar("V")
 
@@ -113,17 +115,17 @@ class Fields:
             return value
         if value is None:
             return ()
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and len(value) <= MAX_ITEMS and all(isinstance(item, str) for item in value):
             return tuple(value)
-        return self._invalid(key, "must be a string or a list of strings", ())
+        return self._invalid(key, f"must be a string or a list of at most {MAX_ITEMS} strings", ())
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Return one non-negative integer or several; absent or null is none."""
         value = self.raw.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
-        if all(_is_integer(item, 0, 1 << 31) for item in items):
+        if len(items) <= MAX_ITEMS and all(_is_integer(item, 0, 1 << 31) for item in items):
             return tuple(items)
-        return self._invalid(key, "must be a non-negative integer or a list of them", ())
+        return self._invalid(key, f"must be a non-negative integer or a list of at most {MAX_ITEMS}", ())
 
     def integer_table(self, key: str, *, low: int, high: int) -> tuple[tuple[str, int], ...]:
         """Return an object of bounded integers as pairs in the file's order; absent or null is none."""
@@ -147,9 +149,9 @@ class Fields:
         value = self.raw.get(key)
         if value is None:
             return ()
-        if isinstance(value, Mapping) and all(accepts(item) for item in value.values()):
+        if isinstance(value, Mapping) and len(value) <= MAX_ITEMS and all(map(accepts, value.values())):
             return tuple((str(name), convert(item)) for name, item in value.items())
-        return self._invalid(key, rule, ())
+        return self._invalid(key, f"{rule}, at most {MAX_ITEMS}", ())
 
     def _invalid(self, key: str, reason: str, default: V) -> V:
         self.valid = False
@@ -177,6 +179,11 @@ def _mask(value: list[bool]) -> tuple[bool, ...]:
 
 
 def _brief(value: object) -> str:
+    # no more of it than can be shown
+    if isinstance(value, Mapping):
+        value = dict(islice(value.items(), 80))
+    elif isinstance(value, str | list):
+        value = value[:80]
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
