@@ -14,6 +14,7 @@
     |-- QueueFullError                  QUEUE_FULL
     |-- DrainingError                   DRAINING
     |-- EngineDownError                 ENGINE_DOWN
+    |-- DiskFullError                   DISK_FULL
     `-- ReasonsError                                           lists everything wrong at once
         |-- ConfigError                 CONFIG_INVALID
         `-- ModelLoadError              MODEL_INVALID
@@ -23,6 +24,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 Phase = Literal["queued", "running"]
@@ -224,6 +226,27 @@ class EngineDownError(LorasrvError):
     def __init__(self, *, retry_after_seconds: float = 1.0) -> None:
         self.retry_after_seconds = retry_after_seconds
         super().__init__("the engine is not running")
+
+
+class DiskFullError(LorasrvError):
+    """There is no room for files that were to be written; nothing of them is left.
+
+    Attributes:
+        path: what was to be written.
+        needed_bytes: how much it takes.
+        free_bytes: how much is free there; a quota or a limit on file sizes may allow less.
+    """
+
+    reason: ClassVar[str] = "DISK_FULL"
+
+    def __init__(self, path: Path, *, needed_bytes: int, free_bytes: int) -> None:
+        self.path = path
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        super().__init__(
+            f"no room for {path}: it takes {needed_bytes} bytes, {free_bytes} are free there; "
+            "free some, choose another disk, or raise the limit on files"
+        )
 
 
 class ReasonsError(LorasrvError):

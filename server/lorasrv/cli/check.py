@@ -58,11 +58,9 @@ def _read(adapter: Path, base: str | None) -> "NormalizedAdapter":
 
 def _base_folder(base: str | None) -> Path:
     from lorasrv.embedded import embedded_base
-    from lorasrv.model.hub import download_model, is_hub_reference
+    from lorasrv.model.hub import model_folder
 
-    if base is None:
-        return embedded_base()
-    return download_model(base).path if is_hub_reference(base) else folder(base)
+    return embedded_base() if base is None else model_folder(base)
 
 
 def _report(adapter: "NormalizedAdapter", *, as_json: bool) -> None:

@@ -6,10 +6,12 @@ that are never cut. It knows no command.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +44,25 @@ def print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 def say(message: str) -> None:
     """Write a line of progress to stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that takes how much is done and of how much; a bar on a terminal, a line a tenth elsewhere."""
+    if sys.stderr.isatty():
+        with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+            task = bar.add_task(title)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    tenths = 0
+
+    def say_tenth(done: int, total: int) -> None:
+        nonlocal tenths
+        if 10 * done // total > tenths:
+            tenths = 10 * done // total
+            say(f"{title}: {10 * tenths} %")
+
+    yield say_tenth
 
 
 def print_error(error: BaseException) -> None:

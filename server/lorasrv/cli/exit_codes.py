@@ -33,6 +33,7 @@ _BY_ERROR: dict[str, ExitCode] = {
     "QueueFullError": ExitCode.UNAVAILABLE,
     "DrainingError": ExitCode.UNAVAILABLE,
     "EngineDownError": ExitCode.UNAVAILABLE,
+    "DiskFullError": ExitCode.NO_RESOURCES,
     "LorasrvError": ExitCode.FAILURE,
     # lorasrv_adapters.errors
     "AdapterIncompatibleError": ExitCode.INVALID,

@@ -39,6 +39,15 @@ def is_hub_reference(source: str) -> bool:
     return _REFERENCE.fullmatch(source) is not None and not Path(source).exists()
 
 
+def model_folder(source: str) -> Path:
+    """The folder of a model that is named by its folder or, to be downloaded, by "org/name@revision".
+
+    Raises:
+        ModelLoadError: it cannot be downloaded.
+    """
+    return download_model(source).path if is_hub_reference(source) else Path(source).expanduser().absolute()
+
+
 def download_model(
     reference: str, *, endpoint: str | None = None, cache_dir: Path | None = None, token: str | None = None
 ) -> HubSnapshot:

@@ -62,7 +62,7 @@ def load_model(
     """
     config = read_model_config(source)
     with Checkpoint(source) as checkpoint:
-        _check(checkpoint, config)
+        check_tensors(checkpoint, config)
         quantized = any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
         reader = _Reader(
             checkpoint,
@@ -116,7 +116,7 @@ class _Reader:
             raise ModelLoadError([f"tensor {name}: {error}"]) from error
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Compares the tensors that are there with those the config asks for.
 
     Raises:

@@ -13,6 +13,9 @@ MODULES = (
 )
 """The linear layers of a decoder layer: quantized, and open to adapters."""
 
+FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+"""Modules that share their input and are computed as one product."""
+
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"

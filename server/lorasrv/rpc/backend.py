@@ -30,7 +30,7 @@ from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.generation import read_generation_defaults
-from lorasrv.model.hub import download_model, is_hub_reference
+from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv.rpc.convert.generation import RequestLimits
@@ -141,11 +141,7 @@ class _OwnThreadLoader:
 
 
 def _base_folder(config: ServeConfig) -> Path:
-    if config.base is None:
-        return embedded_base()
-    if is_hub_reference(config.base):
-        return download_model(config.base).path
-    return Path(config.base).expanduser()
+    return embedded_base() if config.base is None else model_folder(config.base)
 
 
 def _loader(config: ServeConfig, model: DecoderModel) -> CheckpointLoader:

@@ -23,12 +23,22 @@ def run_python(program):
 def test_help_names_every_command_and_exit_status(lorasrv):
     page = lorasrv("--help")
     assert page.code == 0
-    for word in ("serve", "demo", "generate", "adapters", "check", "health", "130 interrupted", "LORASRV_MAX_RANK"):
+    for word in (
+        "serve",
+        "demo",
+        "generate",
+        "adapters",
+        "check",
+        "quantize",
+        "health",
+        "130 interrupted",
+        "LORASRV_MAX_RANK",
+    ):
         assert word in page.out
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "demo", "generate", "adapters", "adapters load", "check", "health"], ids=str
+    "command", ["serve", "demo", "generate", "adapters", "adapters load", "check", "quantize", "health"], ids=str
 )
 def test_every_command_has_a_help_page(lorasrv, command):
     page = lorasrv(*command.split(), "--help")
@@ -52,6 +62,7 @@ def test_version_goes_to_stdout(lorasrv):
         ("generate", "required: PROMPT"),
         ("adapters load a", "expected ID=SOURCE, got 'a'"),
         ("adapters", "required: ACTION"),
+        ("quantize base", "required: --out"),
         ("health --live --ready", "not allowed with"),
     ],
 )

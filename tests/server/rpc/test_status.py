@@ -128,8 +128,8 @@ def test_code_reason_and_details(error: Exception, code: Code, reason: str, meta
 
 def test_no_error_that_a_call_can_raise_is_missing_from_the_table() -> None:
     bases = {errors.RequestEndedError, errors.ReasonsError, adapter_errors.AdapterSourceError}
-    at_start_only = {errors.ConfigError, errors.ModelLoadError}
-    known = {*_subclasses(errors.LorasrvError), *_subclasses(adapter_errors.AdapterError)} - bases - at_start_only
+    of_commands_only = {errors.ConfigError, errors.ModelLoadError, errors.DiskFullError}
+    known = {*_subclasses(errors.LorasrvError), *_subclasses(adapter_errors.AdapterError)} - bases - of_commands_only
     assert {kind for kind in known if not kind.__name__.startswith("_")} == {type(error) for error, *_ in TABLE}
 
 
