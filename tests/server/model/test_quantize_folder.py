@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from lorasrv.model.loader import load_model
 from lorasrv.model.quantize_folder import quantize_folder
 from lorasrv_kernels.nf4 import NF4Weight
 from safetensors.torch import load_file, save_file
+from tiny_peft import FAMILIES, save_base
+from transformers import AutoModelForCausalLM
 
 PARTS = ("packed", "absmax", "nested_absmax")
 
@@ -45,6 +48,30 @@ def test_the_folder_serves_what_its_source_does(tiny, driver, tmp_path, kind, dt
     assert written.num_parameters == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
     assert written.source_bytes == 2 * written.num_parameters
     assert written.bits_per_parameter == 8 * file.stat().st_size / written.num_parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_every_family(driver, tmp_path, family):
+    source = save_base(tmp_path / "source", family)
+    quantize_folder(source, tmp_path / "out")
+    original, mapped = (load_model(folder, dtype=torch.float32) for folder in (source, tmp_path / "out"))
+    assert mapped.base.digest == original.base.digest
+    assert torch.equal(driver(mapped).run(range(20)), driver(original).run(range(20)))
+    with warnings.catch_warnings():
+        # bitsandbytes and transformers warn about what they deprecate in each other
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
+    for name, weight in mapped.stored():
+        parameter = theirs.get_parameter(name)
+        if isinstance(weight, NF4Weight):
+            state = parameter.quant_state
+            assert torch.equal(parameter.data.flatten(), weight.packed), name
+            assert torch.equal(state.absmax, weight.absmax), name
+            assert torch.equal(state.state2.absmax, weight.nested_absmax), name
+            assert torch.equal(state.offset, weight.offset[0]), name
+            assert (state.dtype, state.blocksize, state.state2.blocksize) == (torch.float32, 64, 256)
+        else:
+            assert torch.equal(parameter, weight), name
 
 
 def test_nothing_is_quantized_or_copied_when_it_is_loaded(tiny, tmp_path, monkeypatch):
@@ -129,6 +156,7 @@ def test_progress_ends_at_the_number_of_parameters(tiny, tmp_path):
 
 READER = """
 import sys
+import warnings
 from pathlib import Path
 import torch
 from lorasrv.model.loader import load_model
