@@ -1,6 +1,7 @@
 """Folders that are there completely or not at all: after errors, full disks, killed and competing processes."""
 
 import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -115,3 +116,16 @@ def test_a_killed_process_is_cleaned_up_after_and_a_living_one_left_alone(tmp_pa
         (partial / "new").write_text("content")
     assert names(tmp_path) == ["new"]
     assert names(folder) == ["new"]
+
+
+def test_the_lock_of_a_folder_that_was_renamed_meanwhile_is_worth_nothing(tmp_path, monkeypatch):
+    lock = fcntl.flock
+
+    def finish_first(descriptor, operation):
+        lock(descriptor, operation)
+        (tmp_path / ".new.partial").rename(tmp_path / "new")
+        (tmp_path / ".new.partial").mkdir()
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    with pytest.raises(FileExistsError, match="another process"), new_folder(tmp_path / "new", needed_bytes=1):
+        pytest.fail("it must not begin")
