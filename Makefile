@@ -3,7 +3,7 @@
 #   PYTHON=/path/to/python3     which Python makes .venv; by default the first one from 3.11 on
 #   TORCH_INDEX=URL             where PyTorch comes from, for machines that want its CPU wheels; empty: where pip looks
 #   CXX=g++                     the compiler of the native kernels; without a working one the PyTorch path serves
-#   ARGS="..."                  more arguments for demo, serve, test or bench
+#   ARGS="..."                  more arguments for demo, serve, test, fuzz or bench
 
 VENV ?= .venv
 ASSETS ?= server/lorasrv/assets
@@ -16,7 +16,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test check bench proto native assets clean
+.PHONY: help demo serve test fuzz check bench proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -34,6 +34,15 @@ serve: $(VENV)/.runtime $(NATIVE) ## Serve the embedded base (ARGS: see lorasrv 
 
 test: $(VENV)/.test $(NATIVE) ## Run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.fuzz ## Fuzz the parsers of untrusted files (ARGS: libFuzzer's options)
+	@if $(BIN)/python -c "import atheris" 2>/dev/null; then \
+		for target in tests/fuzz/fuzz_*.py; do \
+			echo "$$target"; PYTHONPATH=tests/support$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python "$$target" $(ARGS) || exit 1; \
+		done; \
+	else \
+		echo "skipped: atheris has wheels for Python 3.11 to 3.13 on Linux x86-64 only; make test has the same checks"; \
+	fi
 
 check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire contract, Dockerfile
 	$(BIN)/ruff check .
@@ -77,6 +86,11 @@ $(VENV)/.runtime: $(VENV)/.torch $(PROJECT_FILES)
 $(VENV)/.test: $(VENV)/.torch $(PROJECT_FILES)
 	@echo "installing lorasrv and what its tests need into $(VENV)"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.fuzz: $(VENV)/.torch $(PROJECT_FILES)
+	@echo "installing lorasrv and what its fuzzing needs into $(VENV)"
+	@$(PIP) --no-build-isolation --editable '.[fuzz]'
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.dev: $(VENV)/.torch $(PROJECT_FILES)

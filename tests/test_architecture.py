@@ -139,7 +139,7 @@ def test_every_runtime_dependency_is_imported():
 
 def test_every_test_import_is_declared():
     extras = project()["optional-dependencies"]
-    declared = modules_of([*project()["dependencies"], *extras["test"]])
+    declared = modules_of([*project()["dependencies"], *extras["test"], *extras["fuzz"]])
     siblings = {path.stem for path in sources("tests/support", "server/make_assets")}
     used = {
         name for name in foreign(imports(sources("tests", "server/make_assets"))) if name.split(".")[0] not in siblings
@@ -149,7 +149,8 @@ def test_every_test_import_is_declared():
 
 def test_every_test_dependency_is_imported():
     used = foreign(imports([*sources("tests", "server/make_assets"), ROOT / "hatch_build.py"]))
-    declared = modules_of(project()["optional-dependencies"]["test"])
+    extras = project()["optional-dependencies"]
+    declared = modules_of([*extras["test"], *extras["fuzz"]])
     unused = {dist for dist, module in declared.items() if not any(provides(module, name) for name in used)}
     # the contracts above run as a command
     assert unused - {"import-linter"} == set()

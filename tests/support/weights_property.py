@@ -3,6 +3,7 @@
 import json
 import struct
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -53,10 +54,9 @@ SEEDS = [
 
 def check_weights_file(content: bytes) -> bool:
     """Check one file; returns whether it is accepted."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / WEIGHTS_NAME).write_bytes(content)
-        ours, again = _read(folder), _read(folder)
+    folder = Path(_folder().name)
+    (folder / WEIGHTS_NAME).write_bytes(content)
+    ours, again = _read(folder), _read(folder)
     if isinstance(ours, str):
         assert ours == again
         return False
@@ -68,6 +68,12 @@ def check_weights_file(content: bytes) -> bool:
     for tensor_name, tensor in ours.items():
         assert _bits(tensor) == _bits(theirs[tensor_name]) == _bits(again[tensor_name])
     return True
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    # one for all files: making one takes longer than a check
+    return tempfile.TemporaryDirectory()
 
 
 def bounded(error: AdapterError) -> str:
