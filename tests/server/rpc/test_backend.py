@@ -1,8 +1,11 @@
 """The parts below the services, put together as a server puts them together."""
 
 import pytest
+import torch
 from lorasrv.config import ServeConfig
-from lorasrv.embedded import embedded_adapter_root, embedded_adapters
+from lorasrv.embedded import embedded_adapter_root, embedded_adapters, embedded_base
+from lorasrv.model import loader
+from lorasrv.model.quantize_folder import quantize_folder
 from lorasrv.rpc.backend import Backend
 from lorasrv_adapters.errors import AdapterExistsError
 
@@ -24,3 +27,19 @@ def test_loads_and_failures_are_counted_whoever_asks() -> None:
 
     assert count(result="ok", reason="") == 2
     assert count(result="error", reason="ADAPTER_EXISTS") == 1
+
+
+def test_a_server_starts_from_a_quantized_folder_without_quantizing(tmp_path, monkeypatch) -> None:
+    adapters = tuple((name, str(folder)) for name, folder in embedded_adapters().items())
+    original = Backend.load(ServeConfig(adapters=adapters))
+    quantize_folder(embedded_base(), tmp_path / "nf4")
+    monkeypatch.setattr(loader, "quantize", lambda _: pytest.fail("it is quantized already"))
+    mapped = Backend.load(ServeConfig(base=str(tmp_path / "nf4"), adapters=adapters))
+    assert mapped.facts.base_digest == original.facts.base_digest
+    # DoRA's were computed from the rows of the base
+    for first, second in zip(mapped.registry.list(), original.registry.list(), strict=True):
+        images = [backend.cache.get(record.digest) for backend, record in ((mapped, first), (original, second))]
+        assert images[0] is not None
+        assert images[1] is not None
+        # as bytes: float32 scales lie between the 16-bit numbers
+        assert images[0].flat.view(torch.uint8).equal(images[1].flat.view(torch.uint8))
