@@ -60,5 +60,6 @@ def _report(written: "QuantizedFolder", *, as_json: bool) -> None:
     if as_json:
         print_json(values)
         return
-    print_table(tuple(values), [tuple(str(value) for value in values.values())])
+    # one line each: side by side they are wider than a terminal
+    print_table(("figure", "value"), [(name, str(value)) for name, value in values.items()])
     say(f"to serve it: lorasrv serve {written.folder}")

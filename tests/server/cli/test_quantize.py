@@ -10,12 +10,12 @@ from lorasrv.embedded import embedded_base
 from lorasrv.model import quantize_folder
 from lorasrv.model.loader import load_model
 
-COLUMNS = ["folder", "num_quantized", "num_wide", "num_parameters", "source_bytes", "num_bytes", "bits_per_parameter"]
+FIGURES = ["folder", "num_quantized", "num_wide", "num_parameters", "source_bytes", "num_bytes", "bits_per_parameter"]
 
 
 def test_the_folder_is_served_as_its_source_is(lorasrv, tmp_path):
     end = lorasrv("quantize", embedded_base(), "--out", tmp_path / "out", "--json")
-    assert (end.code, list(end.json)) == (0, COLUMNS)
+    assert (end.code, list(end.json)) == (0, FIGURES)
     assert end.json["bits_per_parameter"] == round(8 * end.json["num_bytes"] / end.json["num_parameters"], 3)
     digests = {load_model(folder, dtype=torch.bfloat16).base.digest for folder in (embedded_base(), tmp_path / "out")}
     assert len(digests) == 1
@@ -25,9 +25,10 @@ def test_the_folder_is_served_as_its_source_is(lorasrv, tmp_path):
 
 def test_people_get_columns_and_progress_in_lines(lorasrv, tmp_path):
     end = lorasrv("quantize", embedded_base(), "--out", tmp_path / "out", "--dtype", "float32")
-    header, row = end.out.splitlines()
-    assert header.split() == COLUMNS
-    assert row.split()[0] == str(tmp_path / "out")
+    header, *rows = [line.split() for line in end.out.splitlines()]
+    assert header == ["figure", "value"]
+    assert [name for name, _ in rows] == FIGURES
+    assert dict(rows)["folder"] == str(tmp_path / "out")
     lines = end.err.splitlines()
     assert lines[0] == f"reading {embedded_base()}"
     assert lines[-2:] == ["quantizing: 100 %", f"to serve it: lorasrv serve {tmp_path / 'out'}"]
