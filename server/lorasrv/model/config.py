@@ -5,6 +5,7 @@ Every key is honoured, known to change nothing, or named in the refusal. What di
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,17 +103,36 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ModelLoadError: it asks for something that is not served; lists everything.
     """
+    config, reasons = inspect_model_config(raw)
+    if config is None or reasons:
+        raise ModelLoadError(reasons)
+    return config
+
+
+def inspect_model_config(raw: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+    """Reads the content of a `config.json` as far as it goes.
+
+    Returns:
+        What it says, or None where it does not tell which tensors there are; and everything that is not served.
+    """
     reasons: list[str] = []
     _check_quantization(raw.get("quantization_config"), reasons)
     family = _family(raw, reasons)
     if family is None:
-        raise ModelLoadError(reasons)
+        return None, reasons
     _check_other_keys(raw, family, reasons)
     values = {**DEFAULTS, **family.defaults, **{key: raw[key] for key in raw if key in _HONOURED | family.keys}}
-    sizes = {key: _size(values, key, reasons) for key in _SIZES}
-    num_heads, num_kv_heads, head_size = _heads(values, sizes, reasons)
+    unshaped: list[str] = []
+    config = _config(values, family, unshaped, reasons)
+    return (None if unshaped else config), [*unshaped, *reasons]
+
+
+def _config(values: Mapping[str, Any], family: Family, unshaped: list[str], reasons: list[str]) -> ModelConfig:
+    """Names in `unshaped` what leaves the tensors unknown, in `reasons` everything else that is not served."""
+    sizes = {key: _size(values, key, unshaped) for key in _SIZES}
+    num_heads, num_kv_heads, head_size = _heads(values, sizes, unshaped)
     max_positions = _size(values, "max_position_embeddings", reasons, default=family.default("max_position_embeddings"))
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
@@ -123,17 +143,14 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=_epsilon(values, reasons),
         rope=parse_rope(values, max_position_embeddings=max_positions, reasons=reasons),
-        tie_word_embeddings=_flag(values, "tie_word_embeddings", reasons),
-        biased_modules=_biased_modules(values, family, reasons),
+        tie_word_embeddings=_flag(values, "tie_word_embeddings", unshaped),
+        biased_modules=_biased_modules(values, family, unshaped),
         qk_norm=family.qk_norm,
         windows=_windows(values, family, sizes["num_hidden_layers"], reasons),
         bos_id=next(iter(parse_token_ids("bos_token_id", values.get("bos_token_id"), reasons)), None),
         eos_ids=parse_token_ids("eos_token_id", values.get("eos_token_id"), reasons),
         stored_dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32"),
     )
-    if reasons:
-        raise ModelLoadError(reasons)
-    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -224,8 +241,8 @@ def _windows(values: Mapping[str, Any], family: Family, num_layers: int, reasons
 
 def _epsilon(values: Mapping[str, Any], reasons: list[str]) -> float:
     epsilon = values["rms_norm_eps"]
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
-        reasons.append(f"rms_norm_eps must be a number, got {json.dumps(epsilon)}")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+        reasons.append(f"rms_norm_eps must be a number of at least 0, got {json.dumps(epsilon)}")
         return 0.0
     return float(epsilon)
 
@@ -254,8 +271,10 @@ def _check_quantization(raw: object, reasons: list[str]) -> None:
     if not isinstance(raw, Mapping) or raw.get("quant_method", "bitsandbytes") != "bitsandbytes":
         method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
         reasons.append(f"quantization method {json.dumps(method)} is not served; bitsandbytes NF4 is")
-    elif raw.get("load_in_8bit") or not raw.get("load_in_4bit"):
-        reasons.append("bitsandbytes 8-bit checkpoints are not served; quantize the original weights to NF4")
+    elif raw.get("load_in_8bit"):
+        reasons.append("load_in_8bit: int8 checkpoints are not served; quantize the original weights to NF4")
+    elif not raw.get("load_in_4bit"):
+        reasons.append("quantization_config must have load_in_4bit, the only kind of bitsandbytes that is served")
     elif raw.get("bnb_4bit_quant_type", "fp4") != "nf4":
         reasons.append(f"bnb_4bit_quant_type must be 'nf4', got {json.dumps(raw.get('bnb_4bit_quant_type', 'fp4'))}")
     elif not raw.get("bnb_4bit_use_double_quant"):

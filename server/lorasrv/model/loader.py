@@ -5,7 +5,6 @@ quantized before stays where it is on a CPU: the model is then a view of the map
 Knows file layouts; does not know where the folder came from.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,24 +16,13 @@ from lorasrv.errors import ModelLoadError
 from lorasrv.model import prequantized
 from lorasrv.model.adapted_linear import Weight
 from lorasrv.model.checkpoint import Checkpoint
-from lorasrv.model.config import ModelConfig, read_model_config
+from lorasrv.model.config import ModelConfig
 from lorasrv.model.decoder import DecoderLayer, DecoderModel
-from lorasrv.model.tensors import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    MODULES,
-    layer_norms,
-    layer_prefix,
-    linear_shapes,
-    wide_shapes,
-)
+from lorasrv.model.folder import open_model_folder
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, layer_norms, layer_prefix, linear_shapes
 
-_FLOATS = ("F32", "F16", "BF16")
 # where PyTorch's own tensors begin
 _BORDER_BYTES = 64
-# old checkpoints store what is computed from the config
-_COMPUTED = ".rotary_emb.inv_freq"
 
 
 def load_model(
@@ -60,9 +48,8 @@ def load_model(
     Raises:
         ModelLoadError: the folder cannot be served; lists everything that is wrong.
     """
-    config = read_model_config(source)
-    with Checkpoint(source) as checkpoint:
-        check_tensors(checkpoint, config)
+    config, checkpoint = open_model_folder(source)
+    with checkpoint:
         quantized = any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
         reader = _Reader(
             checkpoint,
@@ -114,44 +101,3 @@ class _Reader:
             return quantize(self._checkpoint.tensor(name)).to(self._device)
         except KernelError as error:
             raise ModelLoadError([f"tensor {name}: {error}"]) from error
-
-
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Compares the tensors that are there with those the config asks for.
-
-    Raises:
-        ModelLoadError: names every missing, extra, misshapen or mistyped tensor.
-    """
-    reasons: list[str] = []
-    linears = linear_shapes(config)
-    used: set[str] = set()
-    for name, shape in linears.items():
-        if prequantized.is_quantized(checkpoint, name):
-            used |= prequantized.check(checkpoint, name, shape, reasons)
-        else:
-            used |= _check_wide(checkpoint, name, shape, reasons)
-    for name, wide_shape in wide_shapes(config).items():
-        used |= _check_wide(checkpoint, name, wide_shape, reasons)
-    extra = [name for name in checkpoint.shapes if name not in used and not name.endswith(_COMPUTED)]
-    if config.tie_word_embeddings and HEAD in extra and EMBEDDING in checkpoint.shapes:
-        extra.remove(HEAD)
-        if not _same(checkpoint, HEAD, EMBEDDING):
-            reasons.append(f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
-    reasons.extend(f"tensor {name} is not part of the model config.json describes" for name in sorted(extra))
-    if reasons:
-        raise ModelLoadError(reasons)
-
-
-def _check_wide(checkpoint: Checkpoint, name: str, shape: Sequence[int], reasons: list[str]) -> set[str]:
-    if name not in checkpoint.shapes:
-        reasons.append(f"tensor {name} {list(shape)} is missing")
-    elif checkpoint.shapes[name] != tuple(shape):
-        reasons.append(f"tensor {name} must be {list(shape)}, got {list(checkpoint.shapes[name])}")
-    elif checkpoint.dtypes[name] not in _FLOATS:
-        reasons.append(f"tensor {name} must be one of {', '.join(_FLOATS)}, got {checkpoint.dtypes[name]}")
-    return {name}
-
-
-def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    kinds = [(checkpoint.shapes[each], checkpoint.dtypes[each]) for each in (name, other)]
-    return kinds[0] == kinds[1] and torch.equal(checkpoint.tensor(name), checkpoint.tensor(other))

@@ -23,13 +23,14 @@ SETTINGS: Mapping[str, Any] = {
     "nested_dtype": "float32",
 }
 _FP4_STATE = "quant_state.bitsandbytes__fp4"
+_INT8_PARTS = ("SCB", "weight_format")
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 _MAX_STATE_BYTES = 1 << 16
 
 
 def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is one that bitsandbytes quantized to 4 bits."""
-    return any(f"{name}.{part}" in checkpoint.shapes for part in (*_PARTS, _FP4_STATE))
+    """Whether the tensor is one that bitsandbytes quantized."""
+    return bool(_stored_parts(checkpoint, name))
 
 
 def check(checkpoint: Checkpoint, name: str, shape: tuple[int, int], reasons: list[str]) -> set[str]:
@@ -38,10 +39,9 @@ def check(checkpoint: Checkpoint, name: str, shape: tuple[int, int], reasons: li
     Returns:
         The names of all tensors it is stored in.
     """
-    parts = {f"{name}.{part}" for part in (*_PARTS, _FP4_STATE)} & checkpoint.shapes.keys()
     wrong = _check_parts(checkpoint, name, shape)
     reasons.extend(f"quantized tensor {name}: {reason}" for reason in wrong)
-    return {name, *parts}
+    return {name, *_stored_parts(checkpoint, name)}
 
 
 def read(checkpoint: Checkpoint, name: str) -> NF4Weight:
@@ -59,9 +59,21 @@ def read(checkpoint: Checkpoint, name: str) -> NF4Weight:
     )
 
 
+def _stored_parts(checkpoint: Checkpoint, name: str) -> set[str]:
+    """Names of the tensors that accompany a quantized one."""
+    parts = {f"{name}.{part}" for part in (*_PARTS, _FP4_STATE)} | _int8_parts(name)
+    return parts & checkpoint.shapes.keys()
+
+
+def _int8_parts(name: str) -> set[str]:
+    return {f"{name.removesuffix('weight')}{part}" for part in _INT8_PARTS}
+
+
 def _check_parts(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> list[str]:
     if f"{name}.{_FP4_STATE}" in checkpoint.shapes:
         return ["quant_type fp4 is not served; quantize the original weights to NF4"]
+    if _int8_parts(name) & checkpoint.shapes.keys():
+        return ["int8 is not served; quantize the original weights to NF4"]
     missing = [part for part in ("", *(f".{part}" for part in _PARTS)) if name + part not in checkpoint.shapes]
     if missing == [".nested_absmax", ".nested_quant_map"]:
         return ["only double quantization is served; quantize the original weights again with it"]

@@ -17,8 +17,7 @@ from lorasrv.errors import ModelLoadError
 from lorasrv.model import prequantized
 from lorasrv.model.adapted_linear import Weight
 from lorasrv.model.checkpoint import Checkpoint
-from lorasrv.model.config import read_model_config
-from lorasrv.model.loader import check_tensors
+from lorasrv.model.folder import open_model_folder
 from lorasrv.model.quantized_writer import WeightSpec, write_folder
 from lorasrv.model.tensors import EMBEDDING, linear_shapes, wide_shapes
 
@@ -36,7 +35,7 @@ class QuantizedFolder:
     num_quantized: int
     """Matrices in 4 bits."""
     num_wide: int
-    """Tensors that stayed in 16 or 32 bit: embedding, norms, an untied head."""
+    """Tensors that stayed in 16 or 32 bit: embedding, norms, biases, an untied head."""
     num_parameters: int
     source_bytes: int
     """Of the weights before."""
@@ -65,10 +64,9 @@ def quantize_folder(
         FileExistsError: `folder` is there already, or being written.
         DiskFullError: there is no room for it.
     """
-    config = read_model_config(source)
-    with Checkpoint(source) as checkpoint:
+    config, checkpoint = open_model_folder(source)
+    with checkpoint:
         _check_wide(checkpoint, linear_shapes(config))
-        check_tensors(checkpoint, config)
         served = dtype or checkpoint.tensor(EMBEDDING).dtype
         specs = [
             WeightSpec(name=name, shape=shape, dtype=dtype or checkpoint.tensor(name).dtype, quantized=False)

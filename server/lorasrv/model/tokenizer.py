@@ -28,13 +28,17 @@ class Tokenizer:
         vocab_size: one more than the largest id.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Reads `tokenizer.json`, `tokenizer_config.json`, `config.json` and `generation_config.json` of `folder`.
+    def __init__(self, folder: Path, *, config: ModelConfig | None = None) -> None:
+        """Reads `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` of `folder`.
+
+        Args:
+            folder: of the model.
+            config: what its `config.json` says, where that was read already.
 
         Raises:
             ModelLoadError: a file is unreadable, the kind of tokenizer is unknown, or ids pass the vocabulary.
         """
-        config = read_model_config(folder)
+        config = config or read_model_config(folder)
         settings = _optional_json(folder / "tokenizer_config.json")
         self._tokenizer = _load(folder / "tokenizer.json")
         self._added = self._tokenizer.get_added_tokens_decoder()

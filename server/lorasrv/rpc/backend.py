@@ -29,6 +29,7 @@ from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
 from lorasrv.model.decoder import DecoderModel
+from lorasrv.model.folder import check_model_folder
 from lorasrv.model.generation import read_generation_defaults
 from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
@@ -73,6 +74,8 @@ class Backend:
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         folder = _base_folder(config)
+        # before the weights are read, which takes long
+        tokenizer = check_model_folder(folder)
         model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
@@ -83,7 +86,7 @@ class Backend:
             config=config,
             facts=_facts(config, model, folder=folder),
             model=model,
-            tokenizer=Tokenizer(folder),
+            tokenizer=tokenizer,
             memory=_memory(config, model, metrics),
             registry=registry,
             cache=cache,
