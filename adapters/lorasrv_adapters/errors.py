@@ -7,6 +7,7 @@ AdapterError
 |-- AdapterInUseError           running requests use it
 |-- AdapterIncompatibleError    well-formed, but it cannot be served on this base
 |-- AdapterCorruptError         damaged: truncated, malformed, or not the expected digest
+|-- AdapterConversionError      it cannot be written in the wanted form without a change of meaning
 |-- SlotsExhaustedError         it can never fit on the device
 `-- AdapterSourceError          the place it should come from
     |-- SourceNotAllowedError   outside the roots, or not on the allow-list
@@ -129,6 +130,17 @@ class AdapterCorruptError(_ReasonedError):
 
     reason = "ADAPTER_CORRUPT"
     summary = "the adapter is damaged"
+
+
+class AdapterConversionError(_ReasonedError):
+    """The adapter cannot be written in the wanted form without a change of meaning, or without a risk.
+
+    Attributes:
+        reasons: Everything that stands in the way, one sentence each.
+    """
+
+    reason = "ADAPTER_NOT_CONVERTED"
+    summary = "the adapter cannot be converted"
 
 
 class SlotsExhaustedError(AdapterError):

@@ -38,6 +38,7 @@ _BY_ERROR: dict[str, ExitCode] = {
     # lorasrv_adapters.errors
     "AdapterIncompatibleError": ExitCode.INVALID,
     "AdapterCorruptError": ExitCode.INVALID,
+    "AdapterConversionError": ExitCode.INVALID,
     "AdapterNotFoundError": ExitCode.NOT_FOUND,
     "SourceNotFoundError": ExitCode.NOT_FOUND,
     "SourceNotAllowedError": ExitCode.DENIED,
