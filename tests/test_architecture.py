@@ -72,6 +72,10 @@ def provides(module: str, name: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
+def provides_any(module: str, names: Iterable[str]) -> bool:
+    return any(provides(module, name) for name in names)
+
+
 @cache
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -158,6 +162,30 @@ def test_every_test_dependency_is_imported():
 
 def test_oracles_stay_out_of_the_packages():
     assert not {"peft", "transformers"} & {name.split(".")[0] for name in imports(sources(*PACKAGES))}
+
+
+def test_pickles_are_opened_in_one_program_only():
+    program = ROOT / "adapters/lorasrv_adapters/unpickle.py"
+    unsafe = re.compile(
+        r"torch\.(load|jit|package|hub)\b|torch import .*\b(load|jit|package|hub)\b|weights_only|allow_pickle"
+    )
+    opening = {path for path in sources(*PACKAGES) if unsafe.search(path.read_text())}
+    assert opening == {program}
+    modules = {"pickle", "cPickle", "_pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}
+    for path in sources(*PACKAGES):
+        assert not modules & {name.split(".")[0] for name in imports([path])}, path
+
+
+def test_only_convert_can_reach_the_program_that_opens_pickles():
+    importers = {
+        name: {path.relative_to(ROOT).as_posix() for path in sources(*PACKAGES) if provides_any(name, imports([path]))}
+        for name in ("lorasrv_adapters.unpickle", "lorasrv_adapters.pickles", "lorasrv_adapters.convert")
+    }
+    assert importers == {
+        "lorasrv_adapters.unpickle": set(),
+        "lorasrv_adapters.pickles": {"adapters/lorasrv_adapters/convert.py"},
+        "lorasrv_adapters.convert": {"server/lorasrv/cli/convert.py"},
+    }
 
 
 def test_public_modules_have_docstrings():

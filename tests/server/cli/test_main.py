@@ -29,6 +29,7 @@ def test_help_names_every_command_and_exit_status(lorasrv):
         "generate",
         "adapters",
         "check",
+        "convert",
         "quantize",
         "health",
         "130 interrupted",
@@ -38,7 +39,9 @@ def test_help_names_every_command_and_exit_status(lorasrv):
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "demo", "generate", "adapters", "adapters load", "check", "quantize", "health"], ids=str
+    "command",
+    ["serve", "demo", "generate", "adapters", "adapters load", "check", "convert", "quantize", "health"],
+    ids=str,
 )
 def test_every_command_has_a_help_page(lorasrv, command):
     page = lorasrv(*command.split(), "--help")
@@ -80,6 +83,7 @@ CASES = [
     (errors.NonFiniteOutputError(adapter_id="", position=0), ExitCode.FAILURE),
     (adapter_errors.AdapterIncompatibleError(["x"]), ExitCode.INVALID),
     (adapter_errors.AdapterCorruptError(["x"]), ExitCode.INVALID),
+    (adapter_errors.AdapterConversionError(["x"]), ExitCode.INVALID),
     (adapter_errors.SourceNotFoundError("x", "y"), ExitCode.NOT_FOUND),
     (adapter_errors.SourceNotAllowedError("x", "y"), ExitCode.DENIED),
     (adapter_errors.HubUnreachableError("x", "y"), ExitCode.UNAVAILABLE),

@@ -128,7 +128,12 @@ def test_code_reason_and_details(error: Exception, code: Code, reason: str, meta
 
 def test_no_error_that_a_call_can_raise_is_missing_from_the_table() -> None:
     bases = {errors.RequestEndedError, errors.ReasonsError, adapter_errors.AdapterSourceError}
-    of_commands_only = {errors.ConfigError, errors.ModelLoadError, errors.DiskFullError}
+    of_commands_only = {
+        errors.ConfigError,
+        errors.ModelLoadError,
+        errors.DiskFullError,
+        adapter_errors.AdapterConversionError,
+    }
     known = {*_subclasses(errors.LorasrvError), *_subclasses(adapter_errors.AdapterError)} - bases - of_commands_only
     assert {kind for kind in known if not kind.__name__.startswith("_")} == {type(error) for error, *_ in TABLE}
 
