@@ -122,7 +122,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_time_and_memory_are_bounded(write: Write, name: str) -> None:
     content, reason = HOSTILE[name]
     with pytest.raises(AdapterConversionError, match=f"adapter_model.bin.*{reason}"):
-        read_pickle(write(content()), time=TimeLimits(cpu_seconds=1))
+        read_pickle(write(content()), time=TimeLimits(cpu_seconds=1, wall_seconds=60))
 
 
 def test_no_code_of_the_file_runs(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,16 +231,15 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 Program = Callable[[str], None]
 
 
-def test_the_process_has_no_secrets_and_no_paths_of_ours(write: Write, program: Program) -> None:
+def test_the_process_has_no_secrets_and_no_paths_of_ours(write: Write, program: Program, tmp_path: Path) -> None:
     program("json.dump([*os.environ, os.getcwd(), *sys.path], open(reasons, 'w'))")
     with pytest.raises(AdapterConversionError) as caught:
         read_pickle(write(b"x"))
     text = "\n".join(caught.value.reasons)
     for name in ("PATH", "TMPDIR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         assert f"is refused: {name}\n" in text
-    assert "PYTHONPATH" not in text
-    assert "HOME" not in text
-    assert str(Path(__file__).parents[2] / "adapters") not in text
+    for secret in ("PYTHONPATH", "HOME", str(Path.cwd()), str(tmp_path), str(Path(pickles.__file__).parents[1])):
+        assert secret not in text
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,6 @@ def test_the_process_has_no_secrets_and_no_paths_of_ours(write: Write, program: 
         ("os.abort()", f"ended by signal {signal.SIGABRT.value}"),
         ("sys.exit(1)", "failed with status 1"),
         ("open(reasons, 'w').write('{')", "no reason was given"),
-        ("os.symlink('/etc/passwd', reasons)", "no reason was given"),
         ("json.dump(['\\x1b[2J' + 'x' * 999], open(reasons, 'w'))", r"refused: \\x1b\[2Jx{300,400}$"),
     ],
 )
@@ -258,6 +256,13 @@ def test_however_the_process_fails_the_file_is_refused(
 ) -> None:
     program(source)
     with pytest.raises(AdapterConversionError, match=reason):
+        read_pickle(write(b"x"))
+
+
+def test_the_process_cannot_make_us_read_another_file(write: Write, program: Program, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text('["secret"]')
+    program(f"os.symlink('{tmp_path}/secret', reasons)")
+    with pytest.raises(AdapterConversionError, match="no reason was given"):
         read_pickle(write(b"x"))
 
 
