@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.loader import load_model
+from lorasrv.model.quantized_writer import write_quantized
 from lorasrv.model.tensors import bias_shapes, norm_shapes
 from lorasrv_kernels.nf4 import NF4Weight, dequantize
 from tiny_peft import FAMILIES, VOCAB_SIZE, new_base, save_base
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 WINDOW_OF_THE_SECOND_LAYER = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 WINDOW_OF_THE_FIRST_LAYER = {
@@ -142,3 +144,21 @@ def test_biases_belong_to_the_digest(make, tmp_path):
     oracle.get_parameter("model.layers.1.self_attn.v_proj.bias").data[3] += 1
     oracle.save_pretrained(tmp_path)
     assert load(tmp_path).base.digest != digest
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "llama-both-biases", "qwen3-bias"])
+def test_a_quantized_folder_goes_from_transformers_through_ours_and_back(make, tmp_path, case):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with warnings.catch_warnings():
+        # bitsandbytes and transformers warn about what they deprecate in each other
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_pretrained(make(case)[0], quantization_config=settings, device_map="cpu")
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = load(tmp_path / "theirs")
+        write_quantized(ours, source=tmp_path / "theirs", folder=tmp_path / "ours")
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    assert load(tmp_path / "ours").base.digest == ours.base.digest == load(make(case)[0]).base.digest
+    before, after = dict(theirs.named_parameters()), dict(back.named_parameters())
+    assert before.keys() == after.keys()
+    for name, parameter in before.items():
+        assert torch.equal(parameter, after[name]), name
