@@ -15,6 +15,7 @@ from torch import Tensor
 from lorasrv_adapters.config import INERT_ADALORA, AdapterConfig
 from lorasrv_adapters.errors import AdapterConversionError
 from lorasrv_adapters.raw import (
+    PREFIX,
     Factors,
     RawAdapter,
     check_ranks,
@@ -23,11 +24,10 @@ from lorasrv_adapters.raw import (
     refuse_keys_except,
     require_finite,
 )
-from lorasrv_adapters.tensors import PREFIX
 
 _READ = frozenset({"init_r", "lora_alpha", "rank_pattern"})
 # AdaLoRA has a rank and an initialization of its own, whatever these say
-_REPLACED = INERT_ADALORA | {"r", "init_lora_weights"}
+_REPLACED = frozenset(INERT_ADALORA) | {"r", "init_lora_weights"}
 _WRITTEN = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
 
 
@@ -99,7 +99,7 @@ def _assemble(
 def _lora_config(raw: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, object]:
     most_common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {module: rank for module, rank in ranks.items() if rank != most_common}
-    kept = {key: value for key, value in raw.items() if key not in INERT_ADALORA | {"init_r"}}
+    kept = {key: value for key, value in raw.items() if key not in _REPLACED | {"init_r"}}
     return kept | {
         "peft_type": "LORA",
         "r": most_common,

@@ -10,6 +10,7 @@ no files.
 """
 
 import math
+import re
 from collections.abc import Mapping, Set
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from lorasrv_adapters.config import AdapterConfig
 from lorasrv_adapters.errors import AdapterConversionError
-from lorasrv_adapters.patterns import PatternTable
+from lorasrv_adapters.fields import is_live
 from lorasrv_adapters.raw import (
+    Factors,
     RawAdapter,
     check_ranks,
     find_factors,
@@ -26,12 +28,12 @@ from lorasrv_adapters.raw import (
     refuse_keys_except,
     require_finite,
 )
-from lorasrv_adapters.tensors import PREFIX
 
 _READ = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"})
 _REPLACED = frozenset({"init_lora_weights", "corda_config", "lora_ga_config"})
 # lora_bias is times the same scale as before
 _KEPT = frozenset({"lora_bias"})
+_IN_LAYERS = re.compile(r"\.\d+\.")
 _SCALING = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -64,7 +66,7 @@ def subtract_initial(trained: RawAdapter, initial: RawAdapter) -> RawAdapter:
     config, reasons = _examine(trained, initial)
     factors, wrong = find_factors(trained.tensors, "AB")
     first, wrong_first = find_factors(initial.tensors, "AB")
-    reasons += wrong + [f"initial adapter: {reason}" for reason in wrong_first]
+    reasons += wrong + [f"initial adapter: {reason}" for reason in wrong_first] + _shared(trained.config, factors)
     if config is None or reasons:
         raise AdapterConversionError(reasons)
     pairs = {
@@ -81,9 +83,6 @@ def subtract_initial(trained: RawAdapter, initial: RawAdapter) -> RawAdapter:
         (a, a0), (b, b0) = pairs[module, "A"], pairs[module, "B"]
         tensors[found.names["A"]] = _concatenate(a, a0, dim=0)
         tensors[found.names["B"]] = _concatenate(b, -b0, dim=1)
-        saved_base = f"{PREFIX}{module}.base_layer.weight"
-        if saved_base in tensors and not found.embedding:
-            tensors[saved_base] = _put_back(tensors[saved_base], a0, b0, _scale(config, module))
     return require_finite(RawAdapter(config=_doubled(trained.config, config), tensors=tensors))
 
 
@@ -104,6 +103,20 @@ def _examine(trained: RawAdapter, initial: RawAdapter) -> tuple[AdapterConfig | 
     return config, reasons
 
 
+def _shared(config: Mapping[str, object], factors: Mapping[str, Factors]) -> list[str]:
+    """What a base with tied embeddings shares between the embedding and the head, which only one sum would reach."""
+    reasons = [
+        f"{module} lies outside the layers: if the base ties it to its token embedding, the initialization changed "
+        "that too, which no adapter can undo"
+        for module, found in factors.items()
+        if not found.embedding and not _IN_LAYERS.search(module)
+    ]
+    if is_live(config.get("ensure_weight_tying")) and any(found.embedding for found in factors.values()):
+        # the head would need [A0, -A] of them where the embedding has [A; A0]
+        reasons.append("ensure_weight_tying shares the factors of embedding and head, which the sum of two cannot")
+    return reasons
+
+
 def _compare(modules: Set[str], initial: Set[str], pairs: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> list[str]:
     """Each module must have initial factors of its shapes, and some must differ from zero and from the trained ones."""
     reasons = [f"initial adapter: it has no {module}" for module in sorted(modules - initial)]
@@ -120,19 +133,9 @@ def _compare(modules: Set[str], initial: Set[str], pairs: Mapping[tuple[str, str
     return reasons
 
 
-def _scale(config: AdapterConfig, module: str) -> float:
-    rank = PatternTable(config.rank_pattern).find(module, config.rank)
-    return config.scale(rank, PatternTable(config.alpha_pattern).find(module, config.alpha))
-
-
 def _concatenate(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
     dtype = torch.promote_types(first.dtype, second.dtype)
     return torch.cat([first.to(dtype), second.to(dtype)], dim=dim)
-
-
-def _put_back(residual: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The weight that PEFT saves beside an adapted output layer, as it was before the initialization."""
-    return (residual.float() + scale * (b.float() @ a.float())).to(residual.dtype)
 
 
 def _doubled(raw: Mapping[str, object], config: AdapterConfig) -> dict[str, object]:

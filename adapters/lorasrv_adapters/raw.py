@@ -15,12 +15,14 @@ from lorasrv_adapters.config import CONFIG_NAME, AdapterConfig, examine_adapter_
 from lorasrv_adapters.errors import AdapterConversionError
 from lorasrv_adapters.fields import Fields, is_live
 from lorasrv_adapters.patterns import PatternTable
-from lorasrv_adapters.tensors import PREFIX
+
+PREFIX = "base_model.model."
+"""What every tensor's name begins with, before the module's name in the Hugging Face model."""
 
 INDEPENDENT = frozenset({
-    "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type",
     "trainable_token_indices",
 })  # fmt: skip
 """Keys that mean the same before and after a conversion of the factors."""

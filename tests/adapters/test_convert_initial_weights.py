@@ -13,6 +13,7 @@ from lorasrv_adapters.convert import convert_checkpoint
 from lorasrv_adapters.errors import AdapterConversionError
 from lorasrv_adapters.initial_weights import changes_base, subtract_initial
 from lorasrv_adapters.raw import RawAdapter
+from safetensors.torch import load_file
 from torch import Tensor
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -30,16 +31,16 @@ OPTIONS: dict[str, dict[str, object]] = {
     "head": {"target_modules": [*TARGETS, "lm_head"]},
     "embedding": {"target_modules": [*TARGETS, "embed_tokens"]},
 }
-CASES = [("pissa", options) for options in OPTIONS] + [
+CASES = [("pissa", options) for options in OPTIONS if options != "head"] + [
     (init, options)
     for init in ("pissa_niter_4", "olora", "corda", "lora_ga")
     for options in ("plain", "dora-rslora-patterns")
 ]
 
 
-def save(folder: Path, init: str, options: str) -> tiny.PeftModel:
+def save(folder: Path, init: str, options: str, base: torch.nn.Module | None = None) -> tiny.PeftModel:
     chosen = {"r": 4, "lora_alpha": 10, "target_modules": TARGETS, "init_lora_weights": init} | OPTIONS[options]
-    return tiny.save_before_and_after(folder, **chosen)
+    return tiny.save_before_and_after(folder, base or tiny.new_llama(), **chosen)
 
 
 @pytest.mark.parametrize(("init", "options"), CASES, ids=["-".join(case) for case in CASES])
@@ -80,6 +81,25 @@ def test_an_adapter_saved_under_init_true_is_converted_when_initial_weights_are_
     set_init(tmp_path / "trained", True)
     convert_checkpoint(tmp_path / "trained", tmp_path / "lora", initial=tmp_path / "initial")
     torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "lora")), expected, atol=1e-5, rtol=0)
+
+
+def test_a_head_is_refused_because_a_tied_base_had_its_embedding_changed(tmp_path: Path) -> None:
+    tied = tiny.new_llama(tied=True)
+    before = tied.get_input_embeddings().weight.detach().clone()
+    save(tmp_path, "pissa", "head", base=tied)
+    assert (tied.get_input_embeddings().weight - before).abs().max() > 0.1
+    with pytest.raises(
+        AdapterConversionError, match=r"lm_head lies outside the layers.*ties it to its token embedding"
+    ):
+        convert_checkpoint(tmp_path / "trained", tmp_path / "lora", initial=tmp_path / "initial")
+
+
+def test_the_unchanged_weight_that_peft_saves_with_an_embedding_stays(tmp_path: Path) -> None:
+    save(tmp_path, "pissa", "embedding")
+    convert_checkpoint(tmp_path / "trained", tmp_path / "lora", initial=tmp_path / "initial")
+    copy = "base_model.model.model.embed_tokens.base_layer.weight"
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors")[copy] for name in ("trained", "lora"))
+    assert torch.equal(before, after)
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -247,6 +267,14 @@ REFUSALS: dict[str, tuple[RawAdapter, RawAdapter, str]] = {
         "does not start with 'base_model.model.'",
     ),
     "nan": (changed(adapter(), lambda t: t[A].fill_(float("nan"))), adapter(1), f"'{A}' holds NaN or infinity"),
+    "tied factors": (
+        changed(
+            adapter(ensure_weight_tying=True),
+            lambda t: t.update({f"{OTHER}.lora_embedding_A": t[A], f"{OTHER}.lora_embedding_B": t[B]}),
+        ),
+        adapter(1),
+        "ensure_weight_tying shares the factors",
+    ),
     "LoftQ": (adapter(), adapter(1, init_lora_weights="loftq"), "initial adapter: .*LoftQ"),
     "block-diagonal": (adapter(use_bdlora={"nblocks": 2}), adapter(1), "use_bdlora=.*would not survive"),
     "an unknown key": (adapter(shiny=1), adapter(1), "shiny=1: what it means would not survive"),

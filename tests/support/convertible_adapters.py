@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def new_llama() -> LlamaForCausalLM:
+def new_llama(*, tied: bool = False) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call."""
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -26,6 +26,7 @@ def new_llama() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -40,9 +41,8 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(TOKENS).logits
 
 
-def save_before_and_after(folder: Path, **options: object) -> PeftModel:
+def save_before_and_after(folder: Path, base: LlamaForCausalLM, **options: object) -> PeftModel:
     """Write `folder`/initial and `folder`/trained, between them only noise; returns the model, on its changed base."""
-    base = new_llama()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(base, _prepared(base, options))
