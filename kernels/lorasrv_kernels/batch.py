@@ -33,6 +33,8 @@ class SlotBatch:
     """Slot of each tile."""
     tile_starts: Tensor  # [K + 1] int32
     """First entry of each tile; a tile has at most `TILE_ROWS` entries."""
+    base_rows: Tensor  # [T'] int64
+    """The token rows without an entry, ascending."""
 
     @classmethod
     def from_slots(cls, slots: Sequence[int], *, device: torch.device | str = "cpu") -> "SlotBatch":
@@ -57,6 +59,9 @@ class SlotBatch:
             weights=torch.tensor([weight for _, _, weight in flat], dtype=torch.float32, device=device),
             tile_slots=torch.tensor(tile_slots, dtype=torch.int32, device=device),
             tile_starts=torch.tensor(tile_starts, dtype=torch.int32, device=device),
+            base_rows=torch.tensor(
+                [row for row, pairs in enumerate(entries) if not pairs], dtype=torch.int64, device=device
+            ),
         )
 
     @property

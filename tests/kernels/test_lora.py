@@ -3,31 +3,41 @@
 import pytest
 import torch
 from lorasrv_kernels.batch import NO_SLOT, TILE_ROWS, SlotBatch
-from lorasrv_kernels.lora import ABSENT, lora_apply_, scale_at
+from lorasrv_kernels.lora import lora_apply_, lora_embed_
+from lorasrv_kernels.table import ABSENT, ABSENT_ROW, Column, floats_at
 
 RANKS = [[8, 3], [0, 1], [64, 0], [16, 16], [128, 5]]  # slot -> rank per slice
 WITH_D = [[True, False], [False, True], [False, False], [False, True], [True, True]]
+WITH_BIAS = [[False, True], [True, False], [False, False], [True, True], [False, False]]
+VOCAB = 40
 
 
 class Arena:
-    """Rank rows of all slots at aligned offsets with NaN between them, and the table that finds them."""
+    """Numbers of all slots at aligned offsets with NaN between them, and the table that finds them.
 
-    def __init__(self, in_features: int, out_features: list[int], dtype: torch.dtype) -> None:
+    `in_features` is the height of A's rows; an embedding's A is stored transposed.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: list[int], dtype: torch.dtype, *, transposed_a: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.data = torch.full((1_000_000,), torch.nan, dtype=dtype)
-        self.table = torch.zeros(len(RANKS), len(out_features), 4, dtype=torch.int64)
-        self._next = 0
+        self.table = torch.tensor(ABSENT_ROW).repeat(len(RANKS), len(out_features), 1)
+        self.transposed_a = transposed_a
+        self._next = 32
         for slot, ranks in enumerate(RANKS):
-            for piece, (rank, width) in enumerate(zip(ranks, out_features, strict=True)):
+            for piece, (rank, width) in enumerate(zip(ranks, out_features, strict=False)):
                 a = torch.randn(rank, in_features, generator=generator) * in_features**-0.5
                 b_t = torch.randn(rank, width, generator=generator)
-                d = torch.rand(width, generator=generator) + 0.5
-                offset = ABSENT
+                entry = self.table[slot, piece]
+                entry[Column.RANK] = rank
+                entry[Column.A] = self._put((a.T if transposed_a else a).to(dtype))
+                entry[Column.B_T] = self._put(b_t.to(dtype))
                 if WITH_D[slot][piece]:
-                    offset = self._place(width * 4 // dtype.itemsize)
-                    scale_at(self.data, offset, width).copy_(d)
-                entry = (self._put(a.to(dtype)), self._put(b_t.to(dtype)), offset, rank)
-                self.table[slot, piece] = torch.tensor(entry)
+                    entry[Column.D] = self._put_floats(torch.rand(width, generator=generator) + 0.5)
+                if WITH_BIAS[slot][piece]:
+                    entry[Column.BIAS] = self._put_floats(torch.randn(width, generator=generator))
 
     def _place(self, num_elements: int) -> int:
         offset = self._next
@@ -39,13 +49,27 @@ class Arena:
         self.data[offset : offset + values.numel()] = values.flatten()
         return offset
 
-    def dense(self, slot: int, piece: int, in_features: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update B A [O, I] and d [O] of one slot and slice, in float64."""
-        a_offset, b_offset, d_offset, rank = self.table[slot, piece].tolist()
-        a = self.data[a_offset : a_offset + rank * in_features].view(rank, in_features).double()
+    def _put_floats(self, values: torch.Tensor) -> int:
+        offset = self._place(values.numel() * 4 // self.data.element_size())
+        floats_at(self.data, offset, len(values)).copy_(values)
+        return offset
+
+    def dense(
+        self, slot: int, piece: int, in_features: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The update B A [O, I], d [O] and the bias [O], if any, of one slot and slice, in float64."""
+        entry = self.table[slot, piece].tolist()
+        rank, a_offset, b_offset = entry[Column.RANK], entry[Column.A], entry[Column.B_T]
+        shape = (in_features, rank) if self.transposed_a else (rank, in_features)
+        a = self.data[a_offset : a_offset + rank * in_features].view(shape).double()
         b_t = self.data[b_offset : b_offset + rank * width].view(rank, width).double()
         d = torch.ones(width, dtype=torch.float64)
-        return b_t.T @ a, d if d_offset == ABSENT else scale_at(self.data, d_offset, width).double()
+        if entry[Column.D] != ABSENT:
+            d = floats_at(self.data, entry[Column.D], width).double()
+        bias = None
+        if entry[Column.BIAS] != ABSENT:
+            bias = floats_at(self.data, entry[Column.BIAS], width).double()
+        return b_t.T @ (a.T if self.transposed_a else a), d, bias
 
 
 def popularity(kind: str, tokens: int) -> list[int]:
@@ -62,36 +86,80 @@ def popularity(kind: str, tokens: int) -> list[int]:
     return choices[kind].tolist()
 
 
-def apply(arena: Arena, y: torch.Tensor, x: torch.Tensor, slots: list[int], out_features: list[int]) -> torch.Tensor:
+def apply(
+    arena: Arena,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slots: list[int],
+    out_features: list[int],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     result = y.clone()
     batch = SlotBatch.from_slots(slots)
-    lora_apply_(result, x, arena.data, arena.table, out_features=out_features, slots=batch)
+    lora_apply_(result, x, arena.data, arena.table, out_features=out_features, slots=batch, bias=bias)
     return result
 
 
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical", "skewed", "base only"])
 @pytest.mark.parametrize("tokens", [1, 16, 63])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_equals_the_dense_formula(kind: str, tokens: int, dtype: torch.dtype) -> None:
+def test_equals_the_dense_formula(kind: str, tokens: int, dtype: torch.dtype, with_bias: bool) -> None:
     out_features = [96, 63]
     arena = Arena(100, out_features, dtype)
     x, y = torch.randn(tokens, 100).to(dtype), torch.randn(tokens, sum(out_features)).to(dtype)
+    bias = torch.randn(sum(out_features)).to(dtype) if with_bias else None
     slots = popularity(kind, tokens)
     expected = y.double()
     for row, slot in enumerate(slots):
-        if slot == NO_SLOT:
-            continue
         start = 0
         for piece, width in enumerate(out_features):
-            update, d = arena.dense(slot, piece, 100, width)
             columns = slice(start, start + width)
-            expected[row, columns] = d * expected[row, columns] + update @ x[row].double()
+            own_bias = None
+            if slot != NO_SLOT:
+                update, d, own_bias = arena.dense(slot, piece, 100, width)
+                expected[row, columns] = d * expected[row, columns] + update @ x[row].double()
+            if own_bias is not None:
+                expected[row, columns] += own_bias
+            elif bias is not None:
+                expected[row, columns] += bias[columns].double()
             start += width
     # one rounding to the dtype at the end; sums in fp32 over at most 128 ranks
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     torch.testing.assert_close(
-        apply(arena, y, x, slots, out_features).double(), expected, rtol=tolerance, atol=tolerance * 10
+        apply(arena, y, x, slots, out_features, bias).double(), expected, rtol=tolerance, atol=tolerance * 10
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_embedding_equals_the_dense_formula(tokens: int, dtype: torch.dtype) -> None:
+    arena = Arena(VOCAB, [96], dtype, transposed_a=True)
+    ids, y = torch.arange(tokens) * 7 % VOCAB, torch.randn(tokens, 96).to(dtype)
+    slots = popularity("uniform", tokens)
+    expected = y.double()
+    for row, slot in enumerate(slots):
+        if slot != NO_SLOT:
+            update, d, _ = arena.dense(slot, 0, VOCAB, 96)
+            expected[row] = d * expected[row] + update[:, ids[row]]
+    arena.table[:, :, Column.BIAS] = ABSENT
+    lora_embed_(y, ids, arena.data, arena.table[:, 0], slots=SlotBatch.from_slots(slots))
+    # one rounding to the dtype at the end
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_neighbours_change_no_bit_of_an_embedding() -> None:
+    arena = Arena(VOCAB, [96], torch.float32, transposed_a=True)
+    arena.table[:, :, Column.BIAS] = ABSENT
+    ids, y = torch.arange(63) * 7 % VOCAB, torch.randn(63, 96)
+    slots = popularity("uniform", 63)
+    mixed = y.clone()
+    lora_embed_(mixed, ids, arena.data, arena.table[:, 0], slots=SlotBatch.from_slots(slots))
+    for row in range(63):
+        one = slice(row, row + 1)
+        lora_embed_(y[one], ids[one], arena.data, arena.table[:, 0], slots=SlotBatch.from_slots(slots[one]))
+    assert torch.equal(y, mixed)
 
 
 @pytest.mark.parametrize("in_features", [63, 128])
@@ -101,10 +169,11 @@ def test_neighbours_change_no_bit(dtype: torch.dtype, in_features: int) -> None:
     arena = Arena(in_features, out_features, dtype)
     x, y = torch.randn(100, in_features).to(dtype), torch.randn(100, 160).to(dtype)
     slots = popularity("uniform", 100)
-    mixed = apply(arena, y, x, slots, out_features)
+    bias = torch.randn(160).to(dtype)
+    mixed = apply(arena, y, x, slots, out_features, bias)
     for row in range(100):
         one = slice(row, row + 1)
-        assert torch.equal(apply(arena, y[one], x[one], slots[one], out_features), mixed[one])
+        assert torch.equal(apply(arena, y[one], x[one], slots[one], out_features, bias), mixed[one])
 
 
 def test_base_rows_keep_their_bits() -> None:
@@ -117,7 +186,7 @@ def test_base_rows_keep_their_bits() -> None:
 
 def test_a_row_may_compose_weighted_slots() -> None:
     arena = Arena(64, [64, 32], torch.float32)
-    arena.table[:, :, 2] = ABSENT
+    arena.table[:, :, [Column.D, Column.BIAS]] = ABSENT
     x, y = torch.randn(2, 64), torch.zeros(2, 96)
     batch = SlotBatch.from_entries([[(0, 0.7), (3, -0.3)], []])
     lora_apply_(y, x, arena.data, arena.table, out_features=[64, 32], slots=batch)
@@ -144,6 +213,7 @@ def test_tiles_cover_every_entry_once() -> None:
         rows = batch.rows[starts[tile] : starts[tile + 1]].tolist()
         assert 0 < len(rows) <= TILE_ROWS
         assert {slots[row] for row in rows} == {slot}
+    assert batch.base_rows.tolist() == [row for row, slot in enumerate(slots) if slot == NO_SLOT]
 
 
 def test_every_breach_of_the_contract_is_named() -> None:
@@ -164,4 +234,8 @@ def test_opcheck() -> None:
     batch = SlotBatch.from_slots([0, 3, -1])
     arguments = (torch.zeros(3, 96), torch.randn(3, 64), arena.data, arena.table, [64, 32])
     tables = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts)
-    torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, (*arguments, *tables))
+    for bias in (None, torch.randn(96)):
+        torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, (*arguments, *tables, batch.base_rows, bias))
+    arena = Arena(VOCAB, [96], torch.float32, transposed_a=True)
+    embedding = (torch.zeros(3, 96), torch.tensor([1, 0, 39]), arena.data, arena.table[:, 0])
+    torch.library.opcheck(torch.ops.lorasrv.lora_embed_.default, (*embedding, *tables))

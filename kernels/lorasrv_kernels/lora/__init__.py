@@ -6,24 +6,64 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.batch import SlotBatch
-from lorasrv_kernels.lora import op as _op  # noqa: F401  registers the op
-from lorasrv_kernels.lora.reference import ABSENT, TABLE_COLUMNS, scale_at
+from lorasrv_kernels.lora import op as _op  # noqa: F401  registers the ops
 
-__all__ = ["ABSENT", "TABLE_COLUMNS", "lora_apply_", "scale_at"]
+__all__ = ["lora_apply_", "lora_embed_"]
 
 
 def lora_apply_(
-    y: Tensor, x: Tensor, arena: Tensor, table: Tensor, *, out_features: Sequence[int], slots: SlotBatch
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    *,
+    out_features: Sequence[int],
+    slots: SlotBatch,
+    bias: Tensor | None = None,
 ) -> None:
-    """In place, per token row and slice: y <- d * y + weight * B (A x). Rows without a slot are not touched.
+    """In place, per token row and slice: y <- d * y + weight * B (A x) + bias.
+
+    The bias is the slot's own if it has one, else the base's; rows without a slot get the base's and nothing else.
 
     Args:
         y: [T, O], the base product without its bias, O the sum of `out_features`; changed in place.
         x: [T, I], same dtype as y.
-        arena: [N], same dtype as x; the rank rows of every slot.
-        table: [S, G, 4] int64: per slot and slice the offsets of A [R, I], of B^T [R, O] and of d [O] (float32; -1 for
-            none), in elements of the arena, and the rank R. A rank may be 0.
+        arena: [N], same dtype as x; the numbers of every slot.
+        table: [S, G, 8] int64, one row per slot and slice, columns as in `lorasrv_kernels.table`: A [R, I], B^T [R, O],
+            d [O], the rank R (it may be 0) and the bias [O].
         out_features: the G widths of the slices of y, in order.
+        slots: which rows use which slot.
+        bias: [O], same dtype as y, the bias of the base; None where it has none.
+
+    A row may name several slots only if none of them has a `d` or a bias and the base has no bias either.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    torch.ops.lorasrv.lora_apply_(
+        y,
+        x,
+        arena,
+        table,
+        out_features,
+        slots.rows,
+        slots.weights,
+        slots.tile_slots,
+        slots.tile_starts,
+        slots.base_rows,
+        bias,
+    )
+
+
+def lora_embed_(y: Tensor, tokens: Tensor, arena: Tensor, table: Tensor, *, slots: SlotBatch) -> None:
+    """In place, per token row: y <- d * y + weight * B A[:, token]. Rows without a slot are not touched.
+
+    Args:
+        y: [T, O], the token's row of the embedding; changed in place.
+        tokens: [T] int64.
+        arena: [N], same dtype as y; the numbers of every slot.
+        table: [S, 8] int64, columns as in `lorasrv_kernels.table`: A is stored as [V, R], so that a token's part of it
+            is one row; B^T [R, O], d [O] and the rank R.
         slots: which rows use which slot.
 
     A row may name several slots only if none of them has a `d`.
@@ -31,6 +71,6 @@ def lora_apply_(
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.lora_apply_(
-        y, x, arena, table, out_features, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts
+    torch.ops.lorasrv.lora_embed_(
+        y, tokens, arena, table, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts
     )

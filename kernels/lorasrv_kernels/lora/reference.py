@@ -1,10 +1,11 @@
-"""The specification of `lora_apply_`: a loop over tiles and slices, in float32.
+"""The specification of `lora_apply_` and `lora_embed_`: a loop over tiles and slices, in float32.
 
 For token rows t of slot s and slice g, with rank R and the slice's columns of y:
 
-    y[t] <- d[s, g] * y[t] + weight[t] * (x[t] A[s, g]^T) B[s, g]^T        rounded once to y's dtype
+    y[t] <- d[s, g] * y[t] + weight[t] * (x[t] A[s, g]^T) B[s, g]^T + bias[s, g]        rounded once to y's dtype
 
-Sums run over I and then over R, both in one order that depends on I and R alone.
+In an embedding x[t] is the one-hot vector of the token. Sums run over I and then over R, both in one order that depends
+on I and R alone.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,8 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.table import ABSENT, Column, floats_at, matrix_at
 from lorasrv_kernels.workspace import thread_workspace
-
-TABLE_COLUMNS = 4
-"""A [R, I], B^T [R, O] and d [O] as offsets into the arena in elements, and the rank R."""
-
-ABSENT = -1
-"""The offset of a `d` that is 1 everywhere."""
 
 
 def lora_apply_(
@@ -32,14 +28,13 @@ def lora_apply_(
     weights: Tensor,
     tile_slots: Tensor,
     tile_starts: Tensor,
+    base_rows: Tensor,
+    bias: Tensor | None,
 ) -> None:
     """See `lorasrv_kernels.lora.lora_apply_`."""
     entries = table.tolist()
     starts = tile_starts.tolist()
-    in_features = x.shape[1]
-    # rows on 16-byte borders, because the library's narrow products add in another order where they are not
-    x_tile = thread_workspace().take("lora.x_tile", (TILE_ROWS, -(-in_features // 4) * 4), torch.float32, x.device)
-    x_tile = x_tile[:, :in_features]
+    x_tile = _padded_tile("lora.x_tile", x.shape[1], x.device)
     for tile, slot in enumerate(tile_slots.tolist()):
         tile_rows = rows[starts[tile] : starts[tile + 1]]
         x_tile[: len(tile_rows)] = x[tile_rows]
@@ -47,26 +42,65 @@ def lora_apply_(
         tile_weights = weights[starts[tile] : starts[tile + 1], None]
         start = 0
         for entry, width in zip(entries[slot], out_features, strict=True):
-            _apply_slice(y[:, start : start + width], x_tile, arena, entry, tile_rows, tile_weights)
+            own = None if bias is None else bias[start : start + width]
+            _apply_slice(y[:, start : start + width], x_tile, arena, entry, tile_rows, tile_weights, own)
             start += width
+    if bias is not None:
+        y[base_rows] += bias
 
 
-def _apply_slice(y: Tensor, x_tile: Tensor, arena: Tensor, entry: Sequence[int], rows: Tensor, weights: Tensor) -> None:
-    a_offset, b_offset, d_offset, rank = entry
-    if rank == 0 and d_offset == ABSENT:
+def lora_embed_(
+    y: Tensor,
+    tokens: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+) -> None:
+    """See `lorasrv_kernels.lora.lora_embed_`."""
+    entries = table.tolist()
+    starts = tile_starts.tolist()
+    for tile, slot in enumerate(tile_slots.tolist()):
+        tile_rows = rows[starts[tile] : starts[tile + 1]]
+        rank = entries[slot][Column.RANK]
+        shrunk = _padded_tile("lora.shrunk", max(rank, 1), y.device).zero_()
+        if rank > 0:
+            places = tokens[tile_rows, None] * rank + torch.arange(rank, device=y.device)
+            shrunk[: len(tile_rows)] = arena[entries[slot][Column.A] + places]
+        _expand(y, shrunk, arena, entries[slot], tile_rows, weights[starts[tile] : starts[tile + 1], None], None)
+
+
+def _padded_tile(name: str, width: int, device: torch.device) -> Tensor:
+    # rows on 16-byte borders, because the library's narrow products add in another order where they are not
+    return thread_workspace().take(name, (TILE_ROWS, -(-width // 4) * 4), torch.float32, device)[:, :width]
+
+
+def _apply_slice(
+    y: Tensor, x_tile: Tensor, arena: Tensor, entry: Sequence[int], rows: Tensor, weights: Tensor, bias: Tensor | None
+) -> None:
+    shrunk = x_tile
+    if entry[Column.RANK] > 0:
+        shrunk = x_tile @ matrix_at(arena, entry[Column.A], entry[Column.RANK], x_tile.shape[1]).float().T
+    _expand(y, shrunk, arena, entry, rows, weights, bias)
+
+
+def _expand(
+    y: Tensor, shrunk: Tensor, arena: Tensor, entry: Sequence[int], rows: Tensor, weights: Tensor, bias: Tensor | None
+) -> None:
+    """d * y + weights * shrunk B^T + bias, in the rows of one tile; `shrunk` is [TILE_ROWS, R] float32, if R > 0."""
+    rank, width = entry[Column.RANK], y.shape[1]
+    if rank == 0 and entry[Column.D] == entry[Column.BIAS] == ABSENT and bias is None:
         return
-    in_features, out_features = x_tile.shape[1], y.shape[1]
     result = y[rows].float()
-    if d_offset != ABSENT:
-        result *= scale_at(arena, d_offset, out_features)
+    if entry[Column.D] != ABSENT:
+        result *= floats_at(arena, entry[Column.D], width)
     if rank > 0:
-        a = arena[a_offset : a_offset + rank * in_features].view(rank, in_features).float()
-        b_t = arena[b_offset : b_offset + rank * out_features].view(rank, out_features).float()
-        result += weights * (x_tile @ a.T @ b_t)[: len(rows)]
+        b_t = matrix_at(arena, entry[Column.B_T], rank, width).float()
+        result += weights * (shrunk @ b_t)[: len(rows)]
+    if entry[Column.BIAS] != ABSENT:
+        result += floats_at(arena, entry[Column.BIAS], width)
+    elif bias is not None:
+        result += bias
     y[rows] = result.to(y.dtype)
-
-
-def scale_at(arena: Tensor, offset: int, out_features: int) -> Tensor:
-    """d [O] float32, stored in the arena at an offset counted in the arena's own elements."""
-    num_elements = out_features * 4 // arena.element_size()
-    return arena[offset : offset + num_elements].view(torch.float32)
