@@ -13,14 +13,15 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.config import CONFIG_NAME, examine_adapter_config, parse_adapter_config
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.fields import MAX_JSON_BYTES
-from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter, normalize
+from lorasrv_adapters.normalize import NormalizedAdapter, normalize
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, open_regular, read_weights
 
 
-def read_checkpoint(folder: Path, base: BaseModules, *, limits: WeightLimits = DEFAULT_LIMITS) -> NormalizedAdapter:
+def read_checkpoint(folder: Path, base: BaseModel, *, limits: WeightLimits = DEFAULT_LIMITS) -> NormalizedAdapter:
     """Read a PEFT adapter folder completely, or refuse it with everything that is wrong.
 
     Blocks on files; for DoRA it also reads the base's rows.

@@ -7,13 +7,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
 from lorasrv_adapters.fields import Fields, is_live, parse_json
+from lorasrv_adapters.keys import HONOURED, INERT, INERT_ADALORA, INERT_INITS, NOT_OF_ADALORA, UNSUPPORTED
 from lorasrv_adapters.patterns import PatternError, PatternTable, Targets
 
 Kind = Literal["lora", "rslora", "dora", "adalora"]
+Bias = Literal["none", "all", "lora_only"]
 
 CONFIG_NAME = "adapter_config.json"
 MAX_KEYS = 512
@@ -25,47 +27,7 @@ DEFAULT_INIT_RANK = 12
 ADALORA_EPSILON = 1e-5
 """PEFT divides by `init_r + 1e-5`, for pruned modules too (peft/tuners/adalora/layer.py)."""
 
-HONOURED = frozenset({
-    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern",
-    "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "init_lora_weights", "init_r",
-})  # fmt: skip
-"""Keys whose values are read."""
-
-INERT = frozenset({
-    "auto_mapping", "eva_config", "fan_in_fan_out", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "task_type",
-})  # fmt: skip
-"""Keys that change nothing when a linear layer is served, whatever their value."""
-
-INERT_ADALORA = frozenset({
-    "beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step",
-})  # fmt: skip
-"""Keys of AdaLoRA's training schedule."""
-
-INERT_INITS = frozenset({"eva", "gaussian", "orthogonal"})
-"""Values of `init_lora_weights`, beside true and false, that leave the base's weights alone."""
-
-UNSUPPORTED = {
-    "alora_invocation_tokens": "activation by invocation tokens (aLoRA)",
-    "arrow_config": "Arrow routing",
-    "corda_config": "CorDA initialization, which changes the base",
-    "ensure_weight_tying": "tied adapted embeddings",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "loftq_config": "LoftQ initialization, which changes the base",
-    "lora_bias": "a bias on lora_B",
-    "lora_ga_config": "LoRA-GA initialization, which changes the base",
-    "megatron_config": "Megatron layers",
-    "modules_to_save": "fully trained modules",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "adapted bare parameters",
-    "trainable_token_indices": "trained embedding rows",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
-}
-"""Keys that change an adapter's result and are refused when they have a live value."""
+_INITIALS_HINT = "the adapter is only valid on a base changed by this initialization; convert it with `lorasrv convert`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +44,11 @@ class AdapterConfig:
         rank_pattern: Ranks by module pattern, in the file's order, which matters.
         alpha_pattern: Numerators by module pattern, in the file's order, which matters.
         masks: AdaLoRA only: by module, which of the `rank` initial rows survive.
+        bias: Whose trained biases the adapter brings: nobody's, all modules', or those of the modules it targets.
+        lora_bias: Whether every B has a bias.
+        token_ids: `trainable_token_indices`: by the ending of a module's name, which rows of its weight the adapter
+            brings; an empty ending stands for the token embedding.
+        tie: Adapt a tied head together with the embedding.
     """
 
     kind: Kind
@@ -93,6 +60,10 @@ class AdapterConfig:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     masks: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    bias: Bias = "none"
+    lora_bias: bool = False
+    token_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tie: bool = False
 
     def scale(self, rank: int, alpha: float) -> float:
         """Return the factor on B A for a module of this configured rank and alpha."""
@@ -110,6 +81,7 @@ class AdapterConfig:
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "masks": self.masks,
+            "token_ids": self.token_ids,
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -146,32 +118,30 @@ def examine_adapter_config(source: bytes | Mapping[str, object]) -> tuple[Adapte
     if method not in ("LORA", "ADALORA"):
         return None, [f"peft_type {str(method)[:80]!r} is not supported; LORA and ADALORA are"]
     adalora = method == "ADALORA"
-    _refuse_keys(fields, INERT | INERT_ADALORA | {"r"} if adalora else INERT)
+    _refuse_keys(fields, INERT | INERT_ADALORA if adalora else INERT)
     config = _adalora_config(fields) if adalora else _lora_config(fields)
     return config if fields.valid else None, fields.reasons
 
 
-def _refuse_keys(fields: Fields, inert: frozenset[str]) -> None:
+def _refuse_keys(fields: Fields, inert: Mapping[str, str]) -> None:
     for key, value in fields.raw.items():
         if not is_live(value) or key in HONOURED or key in inert:
             continue
-        if key == "bias":
-            if value != "none":
-                fields.refuse(key, "not supported: trained biases")
-        elif key in UNSUPPORTED:
+        if key in UNSUPPORTED:
             fields.refuse(key, f"not supported: {UNSUPPORTED[key]}")
         else:
             fields.refuse(key, "the key is unknown")
     init = fields.raw.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in INERT_INITS)):
-        fields.refuse(
-            "init_lora_weights",
-            "the adapter is only valid on a base changed by this initialization; save it converted to plain LoRA",
-        )
+        fields.refuse("init_lora_weights", _INITIALS_HINT)
 
 
 def _lora_config(fields: Fields) -> AdapterConfig:
-    use_dora, use_rslora = fields.flag("use_dora"), fields.flag("use_rslora")
+    use_dora, use_rslora, lora_bias = (fields.flag(key) for key in ("use_dora", "use_rslora", "lora_bias"))
+    if lora_bias and use_dora:
+        fields.refuse("lora_bias", "DoRA does not have it")
+    if lora_bias and isinstance(fields.raw.get("init_lora_weights"), str):
+        fields.refuse("lora_bias", "PEFT has it only with init_lora_weights true or false")
     if is_live(fields.raw.get("init_r")):
         fields.refuse("init_r", "the key belongs to AdaLoRA")
     rank_pattern = fields.integer_table("rank_pattern", low=1, high=MAX_RANK)
@@ -192,11 +162,13 @@ def _lora_config(fields: Fields) -> AdapterConfig:
         use_rslora=use_rslora,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
+        lora_bias=lora_bias,
+        **_beside_low_rank(fields),
     )
 
 
 def _adalora_config(fields: Fields) -> AdapterConfig:
-    for key in ("use_dora", "use_rslora", "alpha_pattern"):
+    for key in NOT_OF_ADALORA:
         if is_live(fields.raw.get(key)):
             fields.refuse(key, "AdaLoRA does not have it")
     rank = fields.integer("init_r", default=DEFAULT_INIT_RANK, low=1, high=MAX_RANK)
@@ -213,7 +185,53 @@ def _adalora_config(fields: Fields) -> AdapterConfig:
         rank=rank,
         alpha=alpha,
         masks={name.removesuffix(".lora_E"): mask for name, mask in masks.items()},
+        **_beside_low_rank(fields),
     )
+
+
+class _BesideLowRank(TypedDict):
+    bias: Bias
+    token_ids: tuple[tuple[str, tuple[int, ...]], ...]
+    tie: bool
+
+
+def _beside_low_rank(fields: Fields) -> _BesideLowRank:
+    return {
+        "bias": _bias(fields),
+        "token_ids": _token_ids(fields),
+        "tie": fields.flag("ensure_weight_tying"),
+    }
+
+
+def _bias(fields: Fields) -> Bias:
+    match fields.raw.get("bias", "none"):
+        case "none" | "all" | "lora_only" as bias:
+            return bias
+        case _:
+            fields.refuse("bias", "must be none, all or lora_only")
+            fields.valid = False
+            return "none"
+
+
+def _saved(fields: Fields) -> tuple[str, ...]:
+    saved = fields.texts("modules_to_save")
+    if isinstance(saved, str) or "" in saved:
+        fields.refuse("modules_to_save", "must be a list of names")
+        fields.valid = False
+        return ()
+    return saved
+
+
+def _token_ids(fields: Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    key = "trainable_token_indices"
+    if isinstance(fields.raw.get(key), Mapping):
+        tables = fields.integers_table(key)
+    else:
+        tables = (("", fields.integers(key)),) if is_live(fields.raw.get(key)) else ()
+    for name, ids in tables:
+        if not ids or len(set(ids)) != len(ids):
+            fields.refuse(key, f"{name or 'the list'} needs ids, each of them once")
+    return tables
 
 
 def _targets(fields: Fields) -> Targets:
@@ -225,17 +243,20 @@ def _targets(fields: Fields) -> Targets:
         fields.refuse("layers_to_transform", "it needs target_modules to be a list")
     if pattern and fields.raw.get("layers_to_transform") is None:
         fields.refuse("layers_pattern", "it needs layers_to_transform")
-    try:
-        return Targets(
-            include=include,
-            exclude=exclude,
-            layers=layers,
-            layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
-        )
-    except PatternError as error:
-        fields.refuse("target_modules", str(error))
-        fields.valid = False
-        return Targets(include=())
+    parts: dict[str, dict[str, Any]] = {
+        "target_modules": {"include": include},
+        "exclude_modules": {"exclude": exclude},
+        "layers_pattern": {"layers_pattern": (pattern,) if isinstance(pattern, str) else pattern},
+        "modules_to_save": {"saved": _saved(fields)},
+    }
+    for key, part in parts.items():
+        try:
+            Targets(**{"include": ()} | part)
+        except PatternError as error:
+            fields.refuse(key, str(error))
+            fields.valid = False
+    whole = {name: value for part in parts.values() for name, value in part.items()}
+    return Targets(layers=layers, **whole) if fields.valid else Targets(include=())
 
 
 def _check_patterns(fields: Fields, key: str, table: Sequence[tuple[str, object]]) -> None:

@@ -143,6 +143,15 @@ class Fields:
             key, lambda item: _is_mask(item, length), _mask, f"must map names to lists of {length} booleans"
         )
 
+    def integers_table(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return an object of lists of non-negative integers as pairs in the file's order; absent or null is none."""
+        return self._table(
+            key,
+            lambda item: isinstance(item, list) and all(_is_integer(id_, 0, 1 << 31) for id_ in item),
+            tuple,
+            "must map names to lists of non-negative integers",
+        )
+
     def _table(
         self, key: str, accepts: Callable[[object], bool], convert: Callable[..., V], rule: str
     ) -> tuple[tuple[str, V], ...]:

@@ -1,23 +1,22 @@
 """An adapter packed into one flat run of numbers, ready to be copied into the device's arena.
 
-It knows the normal form and the arena's dtype; it knows no device and no adapter method.
+It knows the normal form, the kernels' table and the arena's dtype; it knows no device and no adapter method.
 Letters: M modules of the base, R rank, I in-features, O out-features, N elements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from lorasrv_kernels.table import ABSENT_ROW, Column, floats_at, ids_at, raw_elements
 from torch import Tensor
 
+from lorasrv_adapters.base import BaseModel, table_order
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
 
 ALIGN_ELEMENTS = 32
 """Every piece starts at a multiple of this many elements: 64 bytes in 16-bit arenas, 128 in 32-bit ones."""
-
-ABSENT_ROW = (0, 0, -1, 0)
-"""The table row of a module that the adapter leaves alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +24,9 @@ class AdapterImage:
     """One adapter as the kernels read it.
 
     Attributes:
-        flat: [N], arena dtype, contiguous, on the host; the float32 scales `d` lie in it as raw bytes.
-        table: [M, 4], int64: offset of A [R, I], offset of B^T [R, O], offset of d [O] (-1: none), rank R.
-            Offsets are elements of the arena dtype from the image's start, multiples of `ALIGN_ELEMENTS`.
+        flat: [N], arena dtype, contiguous, on the host; float32 and int32 pieces lie in it as raw bytes.
+        table: [M, 8], int64: columns as in `lorasrv_kernels.table`. Offsets are elements of the arena dtype from the
+            image's start, multiples of `ALIGN_ELEMENTS`.
     """
 
     flat: Tensor
@@ -44,60 +43,90 @@ class AdapterImage:
         return self.flat.nbytes + self.table.nbytes
 
 
-def pack_image(adapter: NormalizedAdapter, module_order: Sequence[str], dtype: torch.dtype) -> AdapterImage:
+def pack_image(adapter: NormalizedAdapter, base: BaseModel, dtype: torch.dtype) -> AdapterImage:
     """Pack an adapter into one image.
 
     Args:
-        adapter: The adapter; each of its modules must appear in `module_order`.
-        module_order: The base's module names; row i of the table belongs to name i.
+        adapter: The adapter.
+        base: The base it was normalized for; row i of the table belongs to the i-th name of `table_order`.
         dtype: The arena's floating dtype.
 
     Raises:
         AdapterIncompatibleError: A value does not fit `dtype`; all such modules are listed.
     """
-    unknown = adapter.modules.keys() - set(module_order)
+    order = table_order(base)
+    unknown = adapter.modules.keys() - set(order)
     if unknown:
         raise ValueError(f"modules outside the base's order: {sorted(unknown)}")
-    rows: list[tuple[int, int, int, int]] = []
-    end = 0
-    for name in module_order:
-        row, end = _place(adapter.modules.get(name), end, dtype)
-        rows.append(row)
-    table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 4)
+    pieces = {
+        name: _pieces(module, transposed_a=base.modules[name].kind == "embedding")
+        for name, module in adapter.modules.items()
+    }
+    table, end = _lay_out([pieces.get(name, {}) for name in order], dtype)
+    for name, row in zip(order, table, strict=True):
+        if name in adapter.modules:
+            _count(row, adapter.modules[name])
     flat = torch.zeros(end, dtype=dtype)
-    overflowing = [
-        name
-        for name, row in zip(module_order, rows, strict=True)
-        if name in adapter.modules and not _write(flat, row, adapter.modules[name])
-    ]
+    overflowing = [name for name, row in zip(order, table, strict=True) if not _write(flat, row, pieces.get(name, {}))]
     if overflowing:
         raise AdapterIncompatibleError([f"{name}: a value does not fit {dtype}" for name in overflowing])
-    return AdapterImage(flat=flat, table=table)
+    return AdapterImage(flat=flat, table=torch.tensor(table, dtype=torch.int64).reshape(len(order), len(Column)))
 
 
-def _place(module: NormalizedModule | None, start: int, dtype: torch.dtype) -> tuple[tuple[int, int, int, int], int]:
-    if module is None or (module.rank == 0 and module.d is None):
-        return ABSENT_ROW, start
-    a = start
-    b = _align(a + module.a.numel())
-    end = _align(b + module.b.numel())
-    if module.d is None:
-        return (a, b, -1, module.rank), end
-    return (a, b, end, module.rank), _align(end + module.d.numel() * torch.float32.itemsize // dtype.itemsize)
+Pieces = Mapping[Column, Tensor]
+"""The tensors of one module by the column of their offset."""
+
+_RAW: Mapping[Column, Callable[[Tensor, int, int], Tensor]] = {
+    Column.D: floats_at,
+    Column.BIAS: floats_at,
+    Column.ROW_IDS: ids_at,
+}
+"""Pieces that keep their own dtype."""
 
 
-def _write(flat: Tensor, row: tuple[int, int, int, int], module: NormalizedModule) -> bool:
+def _pieces(module: NormalizedModule, *, transposed_a: bool) -> dict[Column, Tensor]:
+    pieces: dict[Column, Tensor | None] = {
+        Column.A: (module.a.T if transposed_a else module.a) if module.rank else None,
+        Column.B_T: module.b.T if module.rank else None,
+        Column.D: module.d,
+        Column.BIAS: module.bias,
+        Column.ROWS: None if module.rows is None else module.rows.values,
+        Column.ROW_IDS: None if module.rows is None else module.rows.ids,
+    }
+    return {column: tensor for column, tensor in pieces.items() if tensor is not None}
+
+
+def _lay_out(modules: list[dict[Column, Tensor]], dtype: torch.dtype) -> tuple[list[list[int]], int]:
+    """The table without its counts, and the length of the whole."""
+    table: list[list[int]] = []
+    # a tied head brings the embedding's own tensor, which is kept once
+    replaced: dict[int, int] = {}
+    end = 0
+    for pieces in modules:
+        row: list[int] = list(ABSENT_ROW)
+        for column, tensor in pieces.items():
+            row[column] = replaced.setdefault(id(tensor), end) if column is Column.ROWS else end
+            if row[column] != end:
+                continue
+            size = raw_elements(tensor.numel(), dtype.itemsize) if column in _RAW else tensor.numel()
+            end = -(-(end + size) // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+        table.append(row)
+    return table, end
+
+
+def _count(row: list[int], module: NormalizedModule) -> None:
+    row[Column.RANK] = module.rank
+    row[Column.NUM_ROWS] = 0 if module.rows is None else len(module.rows.values)
+
+
+def _write(flat: Tensor, row: list[int], pieces: Pieces) -> bool:
     """Copy one module's tensors to their places; False when a value overflows the arena's dtype."""
-    a, b, d, rank = row
-    if rank:
-        flat[a : a + module.a.numel()].view(module.a.shape).copy_(module.a)
-        flat[b : b + module.b.numel()].view(module.b.shape[::-1]).copy_(module.b.T)
-    fits = bool(torch.isfinite(flat[a : b + module.b.numel()]).all()) if rank else True
-    if d >= 0 and module.d is not None:
-        scale_elements = module.d.numel() * torch.float32.itemsize // flat.dtype.itemsize
-        flat[d : d + scale_elements].view(torch.float32).copy_(module.d)
+    fits = True
+    for column, tensor in pieces.items():
+        if column in _RAW:
+            _RAW[column](flat, row[column], tensor.numel()).copy_(tensor)
+            continue
+        place = flat[row[column] : row[column] + tensor.numel()]
+        place.view(tensor.shape).copy_(tensor)
+        fits = fits and bool(torch.isfinite(place).all())
     return fits
-
-
-def _align(offset: int) -> int:
-    return -(-offset // ALIGN_ELEMENTS) * ALIGN_ELEMENTS

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.checkpoint import read_checkpoint
-from lorasrv_adapters.errors import AdapterIncompatibleError
+from lorasrv_adapters.errors import AdapterIncompatibleError, SlotsExhaustedError
 from lorasrv_adapters.image import pack_image
-from lorasrv_adapters.normalize import BaseModules, NormalizedAdapter
+from lorasrv_adapters.normalize import NormalizedAdapter
 from lorasrv_adapters.records import LoadedAdapter, RankSummary
 from lorasrv_adapters.source import resolve
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WeightLimits
@@ -30,14 +31,16 @@ class CheckpointLoader:
         base: The base as served.
         dtype: The arena's dtype.
         max_rank: Largest rank the kernels' scratch has room for.
+        max_bytes: Room for adapters on the device; no adapter may need more.
         roots: Folders below which adapters may lie.
         hub: The Hub and what is allowed from it; None: nothing is.
         limits: What a weights file may ask for.
     """
 
-    base: BaseModules
+    base: BaseModel
     dtype: torch.dtype
     max_rank: int
+    max_bytes: int
     roots: Sequence[Path]
     hub: "HubSource | None" = None
     limits: WeightLimits = DEFAULT_LIMITS
@@ -52,12 +55,15 @@ class CheckpointLoader:
         adapter = read_checkpoint(folder, self.base, limits=self.limits)
         self._check_ranks(adapter)
         ranks = adapter.ranks.values()
+        image = pack_image(adapter, self.base, self.dtype)
+        if image.flat.nbytes > self.max_bytes:
+            raise SlotsExhaustedError(num_bytes=image.flat.nbytes, limit_bytes=self.max_bytes)
         return LoadedAdapter(
             digest=adapter.digest,
             kind=adapter.kind,
             ranks=RankSummary(min=min(ranks), max=max(ranks), sum=sum(ranks)),
             num_modules=len(adapter.modules),
-            image=pack_image(adapter, tuple(self.base.modules), self.dtype),
+            image=image,
         )
 
     def _check_ranks(self, adapter: NormalizedAdapter) -> None:

@@ -86,11 +86,16 @@ class PatternTable(Generic[V]):
 
     def __init__(self, patterns: Sequence[tuple[str, V]]) -> None:
         compiled = compile_patterns([key for key, _ in patterns], r"(.*\.)?({})$")
-        self._table = [(pattern, value) for pattern, (_, value) in zip(compiled, patterns, strict=True)]
+        self._table = [(key, pattern, value) for pattern, (key, value) in zip(compiled, patterns, strict=True)]
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Return the keys that match none of these names."""
+        names = tuple(names)
+        return [key for key, pattern, _ in self._table if not any(map(pattern.matches, names))]
 
     def find(self, name: str, default: V) -> V:
         """Return the value of the first pattern that matches `name`, or the default."""
-        return next((value for pattern, value in self._table if pattern.matches(name)), default)
+        return next((value for _, pattern, value in self._table if pattern.matches(name)), default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +107,8 @@ class Targets:
         exclude: Names and dotted name endings, or one regular expression for the whole name; it wins.
         layers: Only the decoder layers of these numbers, if any are given; needs a list of names.
         layers_pattern: Patterns for the segment before the layer number; empty: any segment.
+        saved: `modules_to_save`: a module that one of these patterns matches as a segment of its name is not adapted,
+            and one whose name ends with one of these texts is replaced as a whole.
 
     Raises:
         PatternError: A pattern cannot be compiled.
@@ -111,16 +118,46 @@ class Targets:
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.select(())
+        self.select((), all_linear=())
 
-    def select(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the names that PEFT would adapt, given the names of all linear layers."""
-        included = _matcher(self.include)
-        excluded = _matcher(self.exclude) if self.exclude else lambda _: False
+    @property
+    def are_all_linear(self) -> bool:
+        """Whether every linear layer is meant, whatever its name."""
+        return isinstance(self.include, str) and self.include.lower() == ALL_LINEAR
+
+    def names_one_of(self, names: Iterable[str]) -> bool:
+        """Whether the targets name one of these modules, by the last segment of a name or by the whole expression."""
+        if isinstance(self.include, str):
+            return any(map(compile_pattern(self.include).covers, names))
+        return not {target.rpartition(".")[2] for target in self.include}.isdisjoint(names)
+
+    def excluded(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the names that are never adapted."""
+        return frozenset(filter(self._excluded(), names))
+
+    def replaced(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the names of modules that `modules_to_save` brings as a whole."""
+        return frozenset(name for name in names if name.endswith(self.saved)) if self.saved else frozenset()
+
+    def select(self, names: Iterable[str], *, all_linear: Iterable[str]) -> frozenset[str]:
+        """Return the names that PEFT would adapt.
+
+        Args:
+            names: Names of modules.
+            all_linear: What "all-linear" stands for.
+        """
+        included = frozenset(all_linear).__contains__ if self.are_all_linear else _matcher(self.include)
+        excluded = self._excluded()
         in_layers = self._layer_matcher() if self.layers else lambda _: True
         return frozenset(name for name in names if included(name) and not excluded(name) and in_layers(name))
+
+    def _excluded(self) -> Callable[[str], bool]:
+        by_key = _matcher(self.exclude) if self.exclude else lambda _: False
+        saved = compile_patterns(self.saved, r"(^|.*\.){}($|\..*)")
+        return lambda name: by_key(name) or any(pattern.matches(name) for pattern in saved)
 
     def _layer_matcher(self) -> Callable[[str], bool]:
         patterns = compile_patterns(self.layers_pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
@@ -176,8 +213,6 @@ def compile_pattern(source: str, frame: str = "{}") -> Pattern:
 
 def _matcher(selection: str | tuple[str, ...]) -> Callable[[str], bool]:
     if isinstance(selection, str):
-        if selection.lower() == ALL_LINEAR:
-            return lambda _: True
         return compile_pattern(selection).covers
     endings = frozenset(selection)
     return lambda name: any(ending in endings for ending in _endings(name))

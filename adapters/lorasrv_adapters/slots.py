@@ -7,14 +7,15 @@ Letters: S slots, M modules of the base, N elements of the arena.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from lorasrv_kernels.table import ABSENT, ABSENT_ROW, OFFSETS
 from torch import Tensor
 
-from lorasrv_adapters.image import ABSENT_ROW, ALIGN_ELEMENTS, AdapterImage
+from lorasrv_adapters.image import ALIGN_ELEMENTS, AdapterImage
 from lorasrv_adapters.records import AdapterObserver, SilentObserver
 
 
@@ -39,6 +40,7 @@ class Extents(Protocol):
 class _Resident:
     slot: int
     offset: int | None
+    touched: frozenset[int]
     num_users: int
 
 
@@ -72,11 +74,18 @@ class AdapterSlots:
 
     @property
     def table(self) -> Tensor:
-        """[S, M, 4], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
+        """[S, M, 8], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
 
         Always the same tensor, changed in place. The rows of a free slot are those of no adapter.
         """
         return self._table
+
+    def touched(self, slots: Iterable[int]) -> frozenset[int]:
+        """Return the modules, as places in the table, that the adapters in these slots change in any way."""
+        wanted = set(slots)
+        return frozenset().union(
+            *(resident.touched for resident in self._residents.values() if resident.slot in wanted)
+        )
 
     def acquire(self, digest: str, image: AdapterImage) -> int | None:
         """Count one more user of an adapter and return its slot, first copying it to the device if need be.
@@ -129,7 +138,8 @@ class AdapterSlots:
                 self._compact()
             elif not self._evict_one():
                 return None
-        resident = self._residents[digest] = _Resident(self._free_slots.pop(), offset, num_users=0)
+        touched = frozenset((image.table != self._absent).any(1).nonzero().flatten().tolist())
+        resident = self._residents[digest] = _Resident(self._free_slots.pop(), offset, touched, num_users=0)
         self._write(resident, image)
         return resident
 
@@ -174,9 +184,7 @@ class AdapterSlots:
 
 
 def _moved(table: Tensor, offset: int) -> Tensor:
-    """The same rows `offset` elements further on; rows of absent modules stay as they are."""
+    """The same rows `offset` elements further on; what is absent stays absent."""
     moved = table.clone()
-    present = (table[:, 3] > 0) | (table[:, 2] >= 0)
-    moved[:, :2] += offset * present[:, None]
-    moved[:, 2] += offset * (table[:, 2] >= 0)
+    moved[:, OFFSETS] += offset * (table[:, OFFSETS] != ABSENT)
     return moved

@@ -1,41 +1,22 @@
-"""An adapter's tensors sorted to modules by their PEFT names, and everything about them checked.
+"""An adapter's tensors sorted to the modules of its base, and everything about them checked.
 
-Each tensor must be used, each module must have exactly its tensors, in the shapes that config and base demand.
-It knows PEFT's naming; it computes nothing with the values.
+Each tensor must be used, each module must have exactly its tensors, in the shapes that config and base demand, and what
+the file repeats of the base must be the base's. It computes nothing with the values.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.config import AdapterConfig
-from lorasrv_adapters.patterns import PatternTable
+from lorasrv_adapters.naming import ROLE_NAMES, Role, sort_names
+from lorasrv_adapters.plan import ModulePlan, expected_shapes, make_plan
 
-PREFIX = "base_model.model."
-
-MAGNITUDE_ENDINGS = (
-    ".lora_magnitude_vector",
-    ".lora_magnitude_vector.weight",
-    ".lora_magnitude_vector.default.weight",
-)
-"""How PEFT's releases have spelled the name of DoRA's magnitude."""
-
-_LORA_ENDINGS = {".lora_A.weight": "a", ".lora_B.weight": "b"}
-_DORA_ENDINGS = _LORA_ENDINGS | dict.fromkeys(MAGNITUDE_ENDINGS, "magnitude")
-_ADALORA_ENDINGS = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
-_ENDINGS = {"lora": _LORA_ENDINGS, "rslora": _LORA_ENDINGS, "dora": _DORA_ENDINGS, "adalora": _ADALORA_ENDINGS}
-_ROLE_NAMES = {"a": "lora_A", "b": "lora_B", "e": "lora_E", "magnitude": "lora_magnitude_vector"}
-
-_FOREIGN_NAMES = {
-    ".lora_embedding_A": "embedding LoRA is not supported",
-    ".lora_embedding_B": "embedding LoRA is not supported",
-    ".lora_B.bias": "a bias on lora_B is not supported",
-    ".trainable_tokens_delta": "trained embedding rows are not supported",
-    ".lora_E": "the tensor belongs to AdaLoRA, and the config says otherwise",
-    ".bias": "trained biases are not supported",
-} | dict.fromkeys(MAGNITUDE_ENDINGS, "the tensor belongs to DoRA, and the config says otherwise")
+COMPARE_ELEMENTS = 1 << 22
+"""Elements of the base that are widened to float32 at a time while a tensor is compared with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,125 +24,143 @@ class ModuleTensors:
     """The checked tensors of one module, as in the file.
 
     Attributes:
-        a: lora_A, [R, I].
-        b: lora_B, [O, R].
-        configured_rank: The rank that scales: r or its pattern's value; AdaLoRA: init_r.
-        alpha: lora_alpha or its pattern's value.
-        e: AdaLoRA's lora_E, [R, 1].
-        magnitude: DoRA's lora_magnitude_vector, [O].
+        plan: What the config says of the module.
+        tensors: By role. The rows of a head that follows the embedding are the embedding's.
         mask: AdaLoRA: which rows survive, where the file still has all init_r of them.
     """
 
-    a: Tensor
-    b: Tensor
-    configured_rank: int
-    alpha: float
-    e: Tensor | None = None
-    magnitude: Tensor | None = None
+    plan: ModulePlan
+    tensors: Mapping[Role, Tensor]
     mask: tuple[bool, ...] | None = None
+
+    @property
+    def a(self) -> Tensor:
+        """[R, I], of a module with a low-rank update."""
+        return self.tensors["embedding_a" if self.plan.base.kind == "embedding" else "a"]
+
+    @property
+    def b(self) -> Tensor:
+        """[O, R], of a module with a low-rank update."""
+        return self.tensors["embedding_b" if self.plan.base.kind == "embedding" else "b"]
 
     def surviving_rows(self) -> Tensor:
         """Return the indices of AdaLoRA's rows that are neither masked out nor multiplied by zero."""
-        if self.e is None:
-            raise ValueError("only AdaLoRA has singular values")
-        keep = self.e.reshape(-1) != 0
+        keep = self.tensors["e"].reshape(-1) != 0
         if self.mask is not None:
             keep &= torch.tensor(self.mask)
         return keep.nonzero().reshape(-1)
 
 
 def group_tensors(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], modules: Mapping[str, tuple[int, int]]
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseModel
 ) -> tuple[dict[str, ModuleTensors], list[str]]:
     """Sort an adapter's tensors to the base's modules.
 
     Args:
         config: The adapter's config.
         tensors: Its tensors by name in the file.
-        modules: The base's linear layers: name -> (O, I).
+        base: The base.
 
     Returns:
-        The modules that are right, in the base's order, and every reason to refuse the adapter.
+        The modules that the adapter touches, in the base's order, and every reason to refuse the adapter; the modules
+        are complete only without a reason.
     """
-    roles, reasons = _assign(config, tensors)
+    plans, reasons = make_plan(config, base)
+    names, unusable = sort_names(config.kind, tensors)
+    roles: dict[str, dict[Role, Tensor]] = {
+        module: {role: tensors[name] for role, name in of_module.items()} for module, of_module in names.items()
+    }
+    reasons += unusable
     reasons += [f"{name[:200]!r} holds NaN or infinity" for name in tensors if not _is_finite(tensors[name])]
-    reasons += _compare_targets(config, roles, modules)
-    ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
+    reasons += [f"{name[:200]!r} is no module of the base" for name in sorted(roles.keys() - base.modules.keys())]
+    reasons += [
+        f"rank_pattern names {name[:200]!r}, which has no tensors"
+        for name in sorted(config.masks.keys() - roles.keys())
+    ]
     groups: dict[str, ModuleTensors] = {}
-    for name, shape in modules.items():
-        if name not in roles:
-            continue
-        wrong = _check_module(config, name, roles[name], shape, ranks.find(name, config.rank))
-        reasons += wrong
+    for name, module in base.modules.items():
+        plan = plans.get(name, ModulePlan(base=module))
+        found = roles.get(name, {})
+        wrong = _check_module(config, name, plan, found)
         if not wrong:
+            wrong = _check_repeated(name, plan, found, roles.get(plan.follows, {}), base)
+        reasons += wrong
+        if name in plans and not wrong:
             groups[name] = ModuleTensors(
-                **roles[name],
-                configured_rank=ranks.find(name, config.rank),
-                alpha=alphas.find(name, config.alpha),
-                mask=_mask(config, name, roles[name]),
+                plan=plan, tensors=_with_followed(plan, found, roles), mask=_mask(config, name, found)
             )
     return groups, reasons
 
 
-def _assign(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tell each tensor's module and role from its name."""
-    endings = sorted(_ENDINGS[config.kind].items(), key=lambda item: -len(item[0]))
-    roles: dict[str, dict[str, Tensor]] = {}
-    reasons: list[str] = []
-    for name, tensor in tensors.items():
-        ending, role = next(((ending, role) for ending, role in endings if name.endswith(ending)), ("", ""))
-        if not ending or not name.startswith(PREFIX):
-            reasons.append(f"tensor {name[:200]!r} is not used: {_foreign(name)}")
-            continue
-        module = roles.setdefault(name[len(PREFIX) : -len(ending)], {})
-        if role in module:
-            reasons.append(f"tensor {name[:200]!r}: the module has a second {_ROLE_NAMES[role]}")
-        module[role] = tensor
-    return roles, reasons
+def _with_followed(
+    plan: ModulePlan, found: Mapping[Role, Tensor], roles: Mapping[str, Mapping[Role, Tensor]]
+) -> dict[Role, Tensor]:
+    """The module's tensors; those that stand in place of a tied head's weight are the embedding's own."""
+    followed = roles.get(plan.follows, {})
+    shared: dict[Role, bool] = {"weight": plan.replaced, "rows": bool(plan.row_ids)}
+    return {**found, **{role: followed[role] for role, is_shared in shared.items() if is_shared and role in followed}}
 
 
-def _foreign(name: str) -> str:
-    if not name.startswith(PREFIX):
-        return f"its name does not start with {PREFIX!r}"
-    return next((text for ending, text in _FOREIGN_NAMES.items() if name.endswith(ending)), "its name is unknown")
-
-
-def _compare_targets(
-    config: AdapterConfig, present: Iterable[str], modules: Mapping[str, tuple[int, int]]
-) -> list[str]:
-    """The modules the config names and those that have tensors must be the same."""
-    targets, present = config.targets.select(modules), frozenset(present)
-    unexpected, lacking = (present & modules.keys()) - targets, targets - present
-    reasons = [f"{name[:200]!r} is no linear layer of the base" for name in sorted(present - modules.keys())]
-    reasons += [f"{name} has tensors, but the config does not target it" for name in sorted(unexpected)]
-    reasons += [f"{name} is targeted by the config, but has no tensors" for name in sorted(lacking)]
-    reasons += [
-        f"rank_pattern names {name[:200]!r}, which has no tensors" for name in sorted(config.masks.keys() - present)
+def _check_module(config: AdapterConfig, name: str, plan: ModulePlan, found: Mapping[Role, Tensor]) -> list[str]:
+    a = found.get("embedding_a" if plan.base.kind == "embedding" else "a")
+    rank = plan.rank or 0
+    rows = a.shape[0] if a is not None and a.ndim == 2 else rank
+    shapes, optional = expected_shapes(config, plan, rows)
+    if plan.targeted and not found:
+        return [f"{name} is targeted by the config, but has no tensors"]
+    if found and not shapes and not found.keys() <= optional:
+        return [f"{name} has tensors ({_listed(found)}), but the config does not target it"]
+    wrong = [f"{name}: {ROLE_NAMES[role]} is missing" for role in sorted(shapes.keys() - found.keys())]
+    extra = found.keys() - shapes.keys() - optional
+    wrong += [f"{name}: {ROLE_NAMES[role]} is there, but the config does not have it" for role in sorted(extra)]
+    accepted = _accepted_ranks(config, name, rank)
+    if plan.targeted and a is not None and rows not in accepted:
+        wrong.append(f"{name}: lora_A has rank {rows}; the config says {' or '.join(map(str, accepted))}")
+    wrong += [
+        f"{name}: {ROLE_NAMES[role]} has shape {list(found[role].shape)}; the base needs {list(shape)}"
+        for role, shape in shapes.items()
+        if role in found and tuple(found[role].shape) != shape
     ]
-    if not present & modules.keys():
-        reasons.append("no module of the base is adapted")
-    return reasons
+    return wrong
 
 
-def _check_module(
-    config: AdapterConfig, name: str, roles: Mapping[str, Tensor], shape: tuple[int, int], rank: int
+def _check_repeated(
+    name: str, plan: ModulePlan, found: Mapping[Role, Tensor], followed: Mapping[Role, Tensor], base: BaseModel
 ) -> list[str]:
-    expected = set(_ENDINGS[config.kind].values())
-    missing = [f"{name}: {_ROLE_NAMES[role]} is missing" for role in sorted(expected - roles.keys())]
-    if missing:
-        return missing
-    rows = roles["a"].shape[0] if roles["a"].ndim == 2 else rank
-    reasons = []
-    if rows not in _accepted_ranks(config, name, rank):
-        accepted = " or ".join(map(str, _accepted_ranks(config, name, rank)))
-        reasons.append(f"{name}: lora_A has rank {rows}; the config says {accepted}")
-    shapes = {"a": (rows, shape[1]), "b": (shape[0], rows), "e": (rows, 1), "magnitude": (shape[0],)}
-    reasons += [
-        f"{name}: {_ROLE_NAMES[role]} has shape {list(tensor.shape)}; the base needs {list(shapes[role])}"
-        for role, tensor in roles.items()
-        if tuple(tensor.shape) != shapes[role]
+    """What the file repeats: a weight of the base, and the tensors of a head that is tied to the embedding."""
+    wrong = [
+        f"{name}: {ROLE_NAMES[role]} is not the weight of this base"
+        for role in ("weight", "base_weight")
+        if role in found and not plan.replaced and not _is_base_weight(found[role], name, plan, base)
     ]
-    return reasons
+    pairs = []
+    if plan.follows and plan.replaced:
+        pairs = [("weight", found["weight"], followed.get("weight"))]
+    elif plan.follows and "embedding_a" in followed:
+        pairs = [
+            ("lora_A", found["a"].T, followed.get("embedding_b")),
+            ("lora_B", found["b"].T, followed["embedding_a"]),
+        ]
+    wrong += [
+        f"{name}: {label} differs from that of {plan.follows}, to which the config ties it"
+        for label, own, other in pairs
+        if other is None or own.shape != other.shape or not torch.equal(own, other)
+    ]
+    return wrong
+
+
+def _is_base_weight(tensor: Tensor, name: str, plan: ModulePlan, base: BaseModel) -> bool:
+    num_rows, width = plan.base.weight_shape
+    if tuple(tensor.shape) != (num_rows, width):
+        return False
+    step = max(1, COMPARE_ELEMENTS // width)
+    return all(
+        torch.equal(
+            tensor[start : start + step].to(base.dtype).float(),
+            base.weight_rows(name, start, min(start + step, num_rows)),
+        )
+        for start in range(0, num_rows, step)
+    )
 
 
 def _accepted_ranks(config: AdapterConfig, name: str, rank: int) -> tuple[int, ...]:
@@ -170,9 +169,13 @@ def _accepted_ranks(config: AdapterConfig, name: str, rank: int) -> tuple[int, .
     return (rank,) if mask is None else tuple({sum(mask), rank})
 
 
-def _mask(config: AdapterConfig, name: str, roles: Mapping[str, Tensor]) -> tuple[bool, ...] | None:
+def _mask(config: AdapterConfig, name: str, found: Mapping[Role, Tensor]) -> tuple[bool, ...] | None:
     mask = config.masks.get(name)
-    return mask if mask is not None and roles["a"].shape[0] == len(mask) else None
+    return mask if mask is not None and found["a"].shape[0] == len(mask) else None
+
+
+def _listed(found: Mapping[Role, Tensor]) -> str:
+    return ", ".join(sorted(ROLE_NAMES[role] for role in found))
 
 
 def _is_finite(tensor: Tensor) -> bool:

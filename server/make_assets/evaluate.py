@@ -18,7 +18,7 @@ from lorasrv.model.loader import load_model
 from lorasrv_adapters.checkpoint import read_checkpoint
 from lorasrv_adapters.image import pack_image
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
-from lorasrv_kernels.batch import NO_SLOT, SlotBatch
+from lorasrv_kernels.batch import NO_SLOT
 from tokenizers import Tokenizer
 
 STYLES = {
@@ -39,7 +39,7 @@ class Scorer:
         self.tokenizer = Tokenizer.from_file(str(assets / "base" / "tokenizer.json"))
         self.memory = DeviceMemory(
             self.model.config,
-            list(self.model.base.modules.values()),
+            self.model.base,
             dtype=torch.bfloat16,
             device="cpu",
             kv_bytes=64 << 20,
@@ -51,7 +51,7 @@ class Scorer:
 
     def _load(self, folder: Path) -> int:
         adapter = read_checkpoint(folder, self.model.base)
-        slot = self.memory.slots.acquire(adapter.digest, pack_image(adapter, self.model.module_order, torch.bfloat16))
+        slot = self.memory.slots.acquire(adapter.digest, pack_image(adapter, self.model.base, torch.bfloat16))
         assert slot is not None
         return slot
 
@@ -87,13 +87,11 @@ class Scorer:
         batch = StepBatch(
             positions=torch.cat([torch.arange(length) for length in lengths]),
             attention=AttentionBatch.from_spans(spans, tile_tokens=tile_tokens(config.num_heads, config.num_kv_heads)),
-            slots=SlotBatch.from_slots([slot] * sum(lengths)),
+            adapters=self.memory.adapters([slot] * sum(lengths)),
             kv_cache=self.memory.kv_cache,
-            arena=self.memory.arena,
-            table=self.memory.table,
         )
         hidden = self.model.forward(torch.tensor([i for ids in rows for i in ids]), batch)
-        return list(self.model.logits(hidden).split(lengths))
+        return list(self.model.logits(hidden, batch.adapters).split(lengths))
 
 
 def sample(paths: list[Path]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorasrv_adapters.base import BaseModule, ModuleKind
 from lorasrv_adapters.checkpoint import write_checkpoint
 from lorasrv_adapters.image import AdapterImage
 from lorasrv_adapters.records import AdapterRecord, LoadedAdapter, RankSummary
@@ -16,15 +17,31 @@ from torch import Tensor
 class FakeBase:
     """A base of named random weights, as far as adapters look at one."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None) -> None:
         self.weights = dict(weights)
-        self.modules = {name: (weight.shape[0], weight.shape[1]) for name, weight in self.weights.items()}
+        self.modules = {
+            name: base_module(name, weight, (biases or {}).get(name)) for name, weight in self.weights.items()
+        }
+        self.modules["model.layers.0.mlp"] = BaseModule(kind="other")
+        self.tied = False
+        self.dtype = torch.float32
         self.digest = "0" * 64
         self.largest_read = 0
 
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
         self.largest_read = max(self.largest_read, stop - start)
-        return self.weights[name][start:stop].float()
+        return self.weights[name][start:stop].to(torch.float32, copy=True)
+
+
+def base_module(name: str, weight: Tensor, bias: Tensor | None) -> BaseModule:
+    """A module as its name says what it is."""
+    if weight.ndim == 1:
+        return BaseModule(kind="norm", out_features=1, in_features=len(weight))
+    rows, columns = weight.shape
+    if name.endswith("embed_tokens"):
+        return BaseModule(kind="embedding", out_features=columns, in_features=rows)
+    kind: ModuleKind = "head" if name == "lm_head" else "linear"
+    return BaseModule(kind=kind, out_features=rows, in_features=columns, bias=bias)
 
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -38,8 +55,13 @@ def base() -> FakeBase:
         V: (8, 16),
         "model.layers.0.mlp.down_proj": (16, 40),
         "model.layers.1.self_attn.q_proj": (24, 16),
+        "lm_head": (50, 16),
+        "model.embed_tokens": (50, 16),
+        "model.layers.0.input_layernorm": (16,),
+        "model.norm": (16,),
     }
-    return FakeBase({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return FakeBase(weights, {Q: torch.randn(24, generator=generator), V: torch.randn(8, generator=generator)})
 
 
 @pytest.fixture
@@ -52,7 +74,7 @@ def lora_tensors(base: FakeBase) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(11)
     tensors = {}
     for name in (Q, V):
-        out_features, in_features = base.modules[name]
+        out_features, in_features = base.modules[name].weight_shape
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, in_features, generator=generator)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out_features, 4, generator=generator)
     return tensors
@@ -107,7 +129,7 @@ class FakeLoader:
 def loaded_adapter(content: str) -> LoadedAdapter:
     digest = hashlib.sha256(content.encode()).hexdigest()
     flat = torch.full((64,), float(int(digest[:4], 16)))
-    table = torch.tensor([[0, 32, -1, 1]], dtype=torch.int64)
+    table = torch.tensor([[0, 32, -1, 1, -1, -1, 0, -1]], dtype=torch.int64)
     return LoadedAdapter(
         digest=digest,
         kind="lora",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lorasrv_adapters.base import BaseModule
 from lorasrv_adapters.checkpoint import read_checkpoint, write_checkpoint
 from lorasrv_adapters.normalize import NormalizedModule
 from safetensors.torch import load_file, save_file
@@ -85,11 +86,17 @@ def base_of(model: nn.Module) -> SimpleNamespace:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     }
+    modules = {
+        name: BaseModule(kind="linear", out_features=weight.shape[0], in_features=weight.shape[1])
+        for name, weight in weights.items()
+    }
     return SimpleNamespace(
-        modules={name: tuple(weight.shape) for name, weight in weights.items()},
+        modules=modules,
+        tied=False,
+        dtype=torch.float32,
         digest="0" * 64,
         weights=weights,
-        weight_rows=lambda name, start, stop: weights[name][start:stop],
+        weight_rows=lambda name, start, stop: weights[name][start:stop].clone(),
     )
 
 

@@ -5,17 +5,14 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorasrv_adapters.config import UNSUPPORTED, AdapterConfig, parse_adapter_config
+from lorasrv_adapters.config import AdapterConfig, parse_adapter_config
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
+from lorasrv_adapters.keys import UNSUPPORTED
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 ADALORA = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "init_r": 2}
 
 REFUSED = {
-    "bias": "all",
-    "lora_bias": True,
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [3],
     "layer_replication": [[0, 2]],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
@@ -29,7 +26,6 @@ REFUSED = {
     "loftq_config": {"loftq_bits": 4},
     "corda_config": {"x": 1},
     "lora_ga_config": {"x": 1},
-    "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
     "some_future_key": 7,
     "zero_is_alive": 0,
@@ -95,6 +91,19 @@ def test_off_switches_of_unsupported_features_change_nothing() -> None:
     assert parse_adapter_config(LORA | off) == parse_adapter_config(LORA)
 
 
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"init_lora_weights": "gaussian"}])
+def test_a_bias_on_b_is_refused_where_peft_refuses_it(change: dict[str, object]) -> None:
+    parse_adapter_config(LORA | {"lora_bias": True})
+    assert any("lora_bias=" in reason for reason in reasons(LORA | {"lora_bias": True} | change))
+
+
+def test_trained_rows_of_the_embedding_need_no_name() -> None:
+    assert parse_adapter_config(LORA | {"trainable_token_indices": [7, 2]}).token_ids == (("", (7, 2)),)
+    named = {"embed_tokens": [7, 2], "lm_head": [1]}
+    config = parse_adapter_config(LORA | {"trainable_token_indices": named})
+    assert config.token_ids == (("embed_tokens", (7, 2)), ("lm_head", (1,)))
+
+
 def test_peft_defaults_hold() -> None:
     config = parse_adapter_config(LORA)
     assert (config.kind, config.rank, config.alpha) == ("lora", 8, 8.0)
@@ -121,13 +130,17 @@ INVALID = {
     "layers_pattern": ["layers"],
     "base_model_name_or_path": [3, "x" * 5000],
     "init_r": [4],
+    "bias": ["some", True, ["all"]],
+    "lora_bias": [1, "yes"],
+    "modules_to_save": ["lm_head", 3, [3], [""], ["("], [r"(?=q)"]],
+    "trainable_token_indices": [3.5, [-1], ["1"], [True], [1, 1], {"lm_head": []}, {"lm_head": 3}, {"lm_head": [2, 2]}],
+    "ensure_weight_tying": [1, "yes"],
 }
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in INVALID.items() for value in values])
 def test_values_out_of_range_are_refused_by_name(key: str, value: object) -> None:
-    named = "target_modules" if key == "exclude_modules" and value == "(" else key
-    assert any(f"{named}=" in reason for reason in reasons(LORA | {key: value}))
+    assert any(f"{key}=" in reason for reason in reasons(LORA | {key: value}))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,7 @@ def test_values_out_of_range_are_refused_by_name(key: str, value: object) -> Non
         {"use_dora": True},
         {"use_rslora": True},
         {"alpha_pattern": {"q": 2}},
+        {"lora_bias": True},
         {"rank_pattern": {"model.q_proj.lora_E": [1, 0]}},
         {"rank_pattern": {"model.q_proj.lora_E": [True]}},
         {"rank_pattern": {"model.q_proj": [True, False]}},
@@ -181,6 +195,9 @@ def test_the_canonical_form_changes_with_the_result_and_with_nothing_else() -> N
         digest_text(r=4, lora_alpha=16, rank_pattern={"a": 1, "b": 2}),
         digest_text(r=4, lora_alpha=16, rank_pattern={"b": 2, "a": 1}),
         digest_text(r=4, lora_alpha=16, alpha_pattern={"a": 1}),
+        digest_text(r=4, lora_alpha=16, trainable_token_indices=[1, 2]),
+        digest_text(r=4, lora_alpha=16, trainable_token_indices=[2, 1]),
+        digest_text(r=4, lora_alpha=16, trainable_token_indices={"lm_head": [1, 2]}),
     ]
     assert len({plain, *different}) == len(different) + 1
 

@@ -1,19 +1,24 @@
 """What the device reads is what was normalized, wherever it lies and whatever was there before."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lorasrv_adapters.base import BaseModule
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.image import AdapterImage, pack_image
 from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
 from lorasrv_adapters.slots import AdapterSlots
+from lorasrv_kernels.table import ABSENT_ROW
 from torch import Tensor
 
 SHAPES = {"first": (24, 16), "second": (7, 33), "third": (64, 5)}
-ABSENT = [0, 0, -1, 0]
+BASE = SimpleNamespace(
+    modules={name: BaseModule(kind="linear", out_features=o, in_features=i) for name, (o, i) in SHAPES.items()}
+)
 
 
 class ListExtents:
@@ -79,9 +84,9 @@ def assert_holds(memory: Tensor, table: Tensor, source: NormalizedAdapter) -> No
     for name, row in zip(SHAPES, table.tolist(), strict=True):
         module = source.modules.get(name)
         if module is None or (module.rank == 0 and module.d is None):
-            assert row == ABSENT
+            assert row == list(ABSENT_ROW)
             continue
-        a, b, d, rank = row
+        a, b, d, rank, *_ = row
         assert rank == module.rank
         assert a % 32 == b % 32 == 0
         assert torch.equal(piece(memory, a, *module.a.shape), module.a.to(memory.dtype))
@@ -97,16 +102,16 @@ def assert_holds(memory: Tensor, table: Tensor, source: NormalizedAdapter) -> No
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_image_holds_every_module(dtype: torch.dtype, dora: bool) -> None:
     source = adapter({"first": 3, "second": 8}, dora=dora)
-    image = pack_image(source, tuple(SHAPES), dtype)
+    image = pack_image(source, BASE, dtype)
     assert_holds(image.flat, image.table, source)
     assert image.num_elements % 32 == 0
     assert image.num_bytes == image.flat.nbytes + image.table.nbytes
 
 
 def test_pieces_do_not_overlap() -> None:
-    image = pack_image(adapter({"first": 1, "second": 2, "third": 3}, dora=True), tuple(SHAPES), torch.bfloat16)
+    image = pack_image(adapter({"first": 1, "second": 2, "third": 3}, dora=True), BASE, torch.bfloat16)
     spans = []
-    for (out_features, in_features), (a, b, d, rank) in zip(SHAPES.values(), image.table.tolist(), strict=True):
+    for (out_features, in_features), (a, b, d, rank, *_) in zip(SHAPES.values(), image.table.tolist(), strict=True):
         spans += [(a, a + rank * in_features), (b, b + rank * out_features), (d, d + 2 * out_features)]
     spans.sort()
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
@@ -114,23 +119,23 @@ def test_pieces_do_not_overlap() -> None:
 
 
 def test_modules_pruned_to_rank_0_take_no_room() -> None:
-    image = pack_image(adapter({"first": 0, "third": 2}), tuple(SHAPES), torch.float32)
-    assert image.table[0].tolist() == image.table[1].tolist() == ABSENT
+    image = pack_image(adapter({"first": 0, "third": 2}), BASE, torch.float32)
+    assert image.table[0].tolist() == image.table[1].tolist() == list(ABSENT_ROW)
     assert image.num_elements == 32 + 128
-    assert pack_image(adapter({"first": 0}), tuple(SHAPES), torch.float32).num_elements == 0
+    assert pack_image(adapter({"first": 0}), BASE, torch.float32).num_elements == 0
 
 
 def test_values_beyond_the_arena_dtype_are_refused() -> None:
     source = adapter({"first": 1, "second": 1})
     source.modules["second"].b[0] = 1e6
     with pytest.raises(AdapterIncompatibleError, match=r"second: a value does not fit torch\.float16"):
-        pack_image(source, tuple(SHAPES), torch.float16)
-    pack_image(source, tuple(SHAPES), torch.bfloat16)
+        pack_image(source, BASE, torch.float16)
+    pack_image(source, BASE, torch.bfloat16)
 
 
 def test_modules_outside_the_order_are_an_error() -> None:
     with pytest.raises(ValueError, match="second"):
-        pack_image(adapter({"first": 1, "second": 1}), ("first",), torch.float32)
+        pack_image(adapter({"first": 1, "second": 1}), SimpleNamespace(modules={}), torch.float32)
 
 
 def new_slots(num_elements: int = 4096, max_adapters: int = 3, **options: object) -> tuple[AdapterSlots, Tensor]:
@@ -139,12 +144,12 @@ def new_slots(num_elements: int = 4096, max_adapters: int = 3, **options: object
 
 
 def image_of(source: NormalizedAdapter) -> AdapterImage:
-    return pack_image(source, tuple(SHAPES), torch.bfloat16)
+    return pack_image(source, BASE, torch.bfloat16)
 
 
 def test_an_adapter_becomes_resident_once() -> None:
     slots, arena = new_slots()
-    assert slots.table.tolist() == [[ABSENT] * 3] * 3
+    assert slots.table.tolist() == [[list(ABSENT_ROW)] * 3] * 3
     source = adapter({"first": 3, "second": 2}, dora=True)
     slot = slots.acquire("x", image_of(source))
     assert slot is not None
@@ -162,7 +167,7 @@ def test_the_table_stays_the_same_tensor() -> None:
     assert table[slot, 0, 3] == 3
     slots.release(slot)
     assert slots.drop("x")
-    assert table.tolist() == [[ABSENT] * 3] * 3
+    assert table.tolist() == [[list(ABSENT_ROW)] * 3] * 3
 
 
 def test_idle_adapters_go_least_recently_used_first(observer) -> None:
@@ -220,7 +225,7 @@ def test_room_in_pieces_is_pushed_together() -> None:
     assert_holds(arena, slots.table[slot], large)
     for digest, kept in held.items():
         assert_holds(arena, slots.table[kept], sources[digest])
-    assert slots.table[held["b"]][1].tolist() == ABSENT
+    assert slots.table[held["b"]][1].tolist() == list(ABSENT_ROW)
 
 
 def test_releasing_what_is_not_in_use_is_an_error() -> None:
@@ -235,16 +240,17 @@ def test_releasing_what_is_not_in_use_is_an_error() -> None:
 def test_an_image_for_another_base_or_dtype_is_an_error() -> None:
     slots, _ = new_slots()
     with pytest.raises(ValueError, match=r"float32 elements"):
-        slots.acquire("x", pack_image(adapter({"first": 3}), tuple(SHAPES), torch.float32))
+        slots.acquire("x", pack_image(adapter({"first": 3}), BASE, torch.float32))
+    wider = SimpleNamespace(modules=BASE.modules | {"fourth": BASE.modules["first"]})
     with pytest.raises(ValueError, match="4 modules"):
-        slots.acquire("x", pack_image(adapter({"first": 3}), (*SHAPES, "fourth"), torch.bfloat16))
+        slots.acquire("x", pack_image(adapter({"first": 3}), wider, torch.bfloat16))
     assert slots.resident() == ()
 
 
 def test_an_adapter_of_rank_0_everywhere_needs_a_slot_and_no_room() -> None:
     slots, _ = new_slots(num_elements=0)
     slot = slots.acquire("x", image_of(adapter({"first": 0})))
-    assert slots.table[slot].tolist() == [ABSENT] * 3
+    assert slots.table[slot].tolist() == [list(ABSENT_ROW)] * 3
     slots.release(slot)
     assert slots.drop("x")
 

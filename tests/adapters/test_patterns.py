@@ -51,12 +51,14 @@ def test_tables_agree_with_peft(table: list[tuple[str, int]]) -> None:
     exclude=selections | st.just(()),
     layers=st.lists(st.sampled_from([0, 1, 2, 10]), max_size=2).map(tuple),
     layers_pattern=st.lists(st.sampled_from(["layers", "h", "(h|layers)"]), max_size=2).map(tuple),
+    saved=st.lists(st.sampled_from(["q_proj", "mlp", "proj", r"layers\.1", "up|q"]), max_size=2).map(tuple),
 )
 def test_targets_agree_with_peft(
     include: str | tuple[str, ...],
     exclude: str | tuple[str, ...],
     layers: tuple[int, ...],
     layers_pattern: tuple[str, ...],
+    saved: tuple[str, ...],
 ) -> None:
     if isinstance(include, str):
         layers, layers_pattern = (), ()
@@ -66,21 +68,25 @@ def test_targets_agree_with_peft(
         layers_to_transform=list(layers) or None,
         layers_pattern=list(layers_pattern),
         target_parameters=None,
+        modules_to_save=list(saved) or None,
     )
-    targets = Targets(include=include, exclude=exclude, layers=layers, layers_pattern=layers_pattern)
+    targets = Targets(include=include, exclude=exclude, layers=layers, layers_pattern=layers_pattern, saved=saved)
     expected = {name for name in NAMES if peft_matching.check_target_module_exists(config, name)}
-    assert targets.select(NAMES) == expected
+    assert targets.select(NAMES, all_linear=()) == expected
 
 
 @pytest.mark.parametrize("spelling", ["all-linear", "ALL-LINEAR"])
 def test_all_linear_is_every_linear_layer(spelling: str) -> None:
-    assert Targets(include=spelling).select(NAMES) == set(NAMES)
-    assert Targets(include=spelling, exclude=("q_proj",)).select(NAMES) == {name for name in NAMES if "mlp" in name}
+    names, linear = [*NAMES, "lm_head", "model.norm"], NAMES
+    assert Targets(include=spelling).select(names, all_linear=linear) == set(NAMES)
+    assert Targets(include=spelling, exclude=("q_proj",)).select(names, all_linear=linear) == {
+        name for name in NAMES if "mlp" in name
+    }
 
 
 def test_patterns_that_take_exponential_time_in_python_take_none_here() -> None:
     targets = Targets(include=r"(.*)*\.zz")
-    assert targets.select(["model.layers.0.self_attn.rotary.q_proj" * 3]) == frozenset()
+    assert targets.select(["model.layers.0.self_attn.rotary.q_proj" * 3], all_linear=()) == frozenset()
 
 
 @pytest.mark.parametrize(

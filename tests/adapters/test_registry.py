@@ -19,7 +19,7 @@ from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.references import check_adapter_id, parse_reference
 from lorasrv_adapters.registry import AdapterRegistry
 
-IMAGE_BYTES = 64 * 4 + 4 * 8
+IMAGE_BYTES = 64 * 4 + 8 * 8
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lorasrv_adapters.errors import AdapterExistsError, AdapterInUseError, Adapt
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.registry import AdapterLease, AdapterRegistry
 
-IMAGE_BYTES = 64 * 4 + 4 * 8
+IMAGE_BYTES = 64 * 4 + 8 * 8
 BUDGET = 2 * IMAGE_BYTES
 
 ids = st.sampled_from(["a", "b", "c"])

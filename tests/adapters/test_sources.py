@@ -79,17 +79,17 @@ def test_the_hub_is_off_unless_given(root: Path) -> None:
 
 def test_the_loader_brings_an_image(tmp_path: Path, base, lora_config, lora_tensors) -> None:
     write_checkpoint(tmp_path / "a", lora_config, lora_tensors)
-    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=4, roots=[tmp_path])
+    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=4, max_bytes=1 << 20, roots=[tmp_path])
     loaded = loader.load("a")
     assert loaded.digest == adapter_digest(parse_adapter_config(lora_config), lora_tensors)
     assert (loaded.kind, loaded.num_modules) == ("lora", 2)
     assert (loaded.ranks.min, loaded.ranks.max, loaded.ranks.sum) == (4, 4, 8)
-    assert loaded.image.table[:, 3].tolist() == [4, 4, 0, 0]
+    assert loaded.image.table[:, 3].tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
 
 
 def test_the_loader_refuses_ranks_beyond_the_scratch(tmp_path: Path, base, lora_config, lora_tensors) -> None:
     write_checkpoint(tmp_path / "a", lora_config, lora_tensors)
-    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=3, roots=[tmp_path])
+    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=3, max_bytes=1 << 20, roots=[tmp_path])
     with pytest.raises(AdapterIncompatibleError, match="rank 4 exceeds the server's limit of 3") as caught:
         loader.load("a")
     assert len(caught.value.reasons) == 2
@@ -171,7 +171,7 @@ def test_a_repository_is_downloaded_once_and_only_its_two_files(hub: HubSource, 
     assert hub.fetch(f"org/poet@{COMMIT}") == folder
     assert len(fake_hub.asked) == num_asked + 1
     assert list(folder.parent.iterdir()) == [folder]
-    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=8, roots=[], hub=hub)
+    loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=8, max_bytes=1 << 20, roots=[], hub=hub)
     assert loader.load("hf:org/poet@main").num_modules == 2
 
 

@@ -49,7 +49,7 @@ class Served:
         served = cls(model, Tokenizer(base_folder))
         for adapter_id, folder in folders.items():
             adapter = read_checkpoint(folder, model.base)
-            served.images[adapter_id] = (adapter.digest, pack_image(adapter, model.module_order, dtype))
+            served.images[adapter_id] = (adapter.digest, pack_image(adapter, model.base, dtype))
         return served
 
     def lease(self, adapter_id: str) -> Lease | None:
@@ -100,19 +100,19 @@ def run_engine(
     max_num_seqs: int = 32,
     max_batched_tokens: int = 2048,
     max_adapters: int = 8,
+    max_rank: int = 32,
     adapter_bytes: int = 8 << 20,
 ) -> Run:
     """Runs requests to their end; with an arrival seed a few at a time, in random order, between steps."""
-    shapes = list(served.model.base.modules.values())
     block_elements = DeviceMemory.block_elements(served.model.config)
     memory = DeviceMemory(
         served.model.config,
-        shapes,
+        served.model.base,
         dtype=served.model.dtype,
         device="cpu",
         kv_bytes=num_blocks * block_elements * served.model.dtype.itemsize,
         adapter_bytes=adapter_bytes,
-        max_rank=32,
+        max_rank=max_rank,
         max_adapters=max_adapters,
     )
     runner = RecordingRunner(served.model, memory)

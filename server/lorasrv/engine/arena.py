@@ -40,9 +40,14 @@ class Arena:
         return self.num_blocks * self.block_elements
 
     @property
+    def extent_elements(self) -> int:
+        """Elements set aside for extents."""
+        return self.num_elements - self._floor
+
+    @property
     def free_elements(self) -> int:
         """Elements for extents that no extent has, in one piece or several."""
-        return self.num_elements - self._floor - sum(self._extents.values())
+        return self.extent_elements - sum(self._extents.values())
 
     def reserve(self, num_elements: int) -> int | None:
         """Takes the highest gap that fits. Returns its offset, or None if no single gap is large enough."""

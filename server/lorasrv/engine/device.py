@@ -42,8 +42,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def default_adapter_bytes(model: DecoderModel, *, max_rank: int) -> int:
     """Returns bytes for a few adapters of the highest rank on all modules, which is many of the usual ones."""
-    shapes = list(model.base.modules.values())
-    return _NUM_LARGEST_ADAPTERS * image_elements(shapes, rank=max_rank, dtype=model.dtype) * model.dtype.itemsize
+    return _NUM_LARGEST_ADAPTERS * image_elements(model.base, rank=max_rank, dtype=model.dtype) * model.dtype.itemsize
 
 
 def default_kv_bytes(model: DecoderModel, *, max_num_seqs: int) -> int:

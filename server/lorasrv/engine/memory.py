@@ -6,14 +6,16 @@ Knows the model's sizes and where adapters lie; knows no request and no schedule
 from collections.abc import Sequence
 
 import torch
+from lorasrv_adapters.base import BaseModel, table_order
 from lorasrv_adapters.image import ALIGN_ELEMENTS, AdapterImage
 from lorasrv_adapters.records import AdapterObserver
 from lorasrv_adapters.slots import AdapterSlots
 from lorasrv_kernels.attention import BLOCK_TOKENS
-from torch import Tensor
+from lorasrv_kernels.batch import SlotBatch
 
 from lorasrv.engine.arena import Arena
 from lorasrv.engine.request import Lease
+from lorasrv.model.batch import AdapterBatch
 from lorasrv.model.config import ModelConfig
 
 
@@ -22,11 +24,11 @@ class DeviceMemory:
 
     Args:
         config: the model's sizes.
-        module_shapes: (O, I) of every module an adapter may target, in the model's order.
+        base: what adapters know of the model.
         dtype: of the model; the cache and the rank rows have it, too.
         kv_bytes: bytes for KV blocks; at least one block is made.
-        adapter_bytes: bytes for adapters; room for one of `max_rank` on all modules is always made, so that every
-            adapter that was loaded fits once the others are idle.
+        adapter_bytes: bytes for adapters; room for one of `max_rank` on all linear layers is always made. An adapter
+            that is loaded must fit in there alone, so that it does once the others are idle.
         max_rank: largest rank of one module; larger adapters are refused when they are loaded.
         max_adapters: adapters on the device at once.
         observer: told of evictions; None: nobody is.
@@ -35,7 +37,7 @@ class DeviceMemory:
     def __init__(
         self,
         config: ModelConfig,
-        module_shapes: Sequence[tuple[int, int]],
+        base: BaseModel,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -50,14 +52,12 @@ class DeviceMemory:
         self.layout = Arena(
             num_blocks=max(1, kv_bytes // (block_elements * dtype.itemsize)),
             block_elements=block_elements,
-            extent_elements=max(
-                adapter_bytes // dtype.itemsize, image_elements(module_shapes, rank=max_rank, dtype=dtype)
-            ),
+            extent_elements=max(adapter_bytes // dtype.itemsize, image_elements(base, rank=max_rank, dtype=dtype)),
         )
         self.arena = torch.empty(self.layout.num_elements, dtype=dtype, device=device)
         self.kv_cache = self.arena[: self.layout.kv_elements].view(self.layout.num_blocks, *block_shape)
         self.slots = AdapterSlots(
-            self.arena, self.layout, num_modules=len(module_shapes), max_adapters=max_adapters, observer=observer
+            self.arena, self.layout, num_modules=len(table_order(base)), max_adapters=max_adapters, observer=observer
         )
 
     @staticmethod
@@ -66,9 +66,18 @@ class DeviceMemory:
         return config.num_layers * 2 * config.num_kv_heads * BLOCK_TOKENS * config.head_size
 
     @property
-    def table(self) -> Tensor:
-        """[S, M, 4] int64: where the rank rows of each slot and module are."""
-        return self.slots.table
+    def adapter_bytes(self) -> int:
+        """Bytes there are for adapters."""
+        return self.layout.extent_elements * self.arena.itemsize
+
+    def adapters(self, slots: Sequence[int]) -> AdapterBatch:
+        """Describes token rows by the slot of each; `NO_SLOT` for the plain base."""
+        return AdapterBatch(
+            slots=SlotBatch.from_slots(slots, device=self.arena.device),
+            arena=self.arena,
+            table=self.slots.table,
+            touched=self.slots.touched(slots),
+        )
 
     def acquire(self, lease: Lease) -> int | None:
         """A slot with the lease's adapter, counted in use; None while every slot is used by running requests."""
@@ -80,8 +89,9 @@ class DeviceMemory:
         self.slots.release(slot)
 
 
-def image_elements(module_shapes: Sequence[tuple[int, int]], *, rank: int, dtype: torch.dtype) -> int:
-    """Elements of the largest adapter of one rank: A, B^T and a scale on every module, each piece aligned."""
-    scale_elements = torch.float32.itemsize // dtype.itemsize
-    pieces = (size for o, i in module_shapes for size in (rank * i, rank * o, o * scale_elements))
+def image_elements(base: BaseModel, *, rank: int, dtype: torch.dtype) -> int:
+    """Elements of the largest adapter of one rank: A, B^T, scale and bias on every linear layer, each piece aligned."""
+    float_elements = torch.float32.itemsize // dtype.itemsize
+    shapes = [(module.out_features, module.in_features) for module in base.modules.values() if module.kind == "linear"]
+    pieces = (size for o, i in shapes for size in (rank * i, rank * o, o * float_elements, o * float_elements))
     return sum(-(-size // ALIGN_ELEMENTS) * ALIGN_ELEMENTS for size in pieces)

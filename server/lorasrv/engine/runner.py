@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from lorasrv_kernels.attention import AttentionBatch, Span, tile_tokens
-from lorasrv_kernels.batch import SlotBatch
 from torch import Tensor
 
 from lorasrv.engine.memory import DeviceMemory
@@ -47,8 +46,9 @@ class ModelRunner:
         sampling = [index for index, part in enumerate(step.sequences) if part.samples]
         if not sampling:
             return []
-        logits = self._model.logits(hidden[ends[sampling]])
-        return self.sample(logits, [step.sequences[index] for index in sampling])
+        parts = [step.sequences[index] for index in sampling]
+        adapters = self._memory.adapters([part.sequence.slot for part in parts])
+        return self.sample(self._model.logits(hidden[ends[sampling]], adapters), parts)
 
     def sample(self, logits: Tensor, parts: Sequence[ScheduledSequence]) -> list[SampledToken]:
         """One token a row of `logits` [N, V], float32; row i belongs to parts[i]."""
@@ -66,12 +66,8 @@ class ModelRunner:
         return StepBatch(
             positions=torch.cat([torch.arange(part.start, part.start + part.num_tokens) for part in parts]).to(device),
             attention=AttentionBatch.from_spans(spans, tile_tokens=self._tile_tokens, device=device),
-            slots=SlotBatch.from_slots(
-                [part.sequence.slot for part in parts for _ in range(part.num_tokens)], device=device
-            ),
+            adapters=self._memory.adapters([part.sequence.slot for part in parts for _ in range(part.num_tokens)]),
             kv_cache=self._memory.kv_cache,
-            arena=self._memory.arena,
-            table=self._memory.table,
         )
 
 

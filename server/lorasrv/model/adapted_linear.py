@@ -12,7 +12,7 @@ from lorasrv_kernels.lora import lora_apply_
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear
 from torch import Tensor
 
-from lorasrv.model.batch import StepBatch
+from lorasrv.model.batch import AdapterBatch
 
 Weight = NF4Weight | Tensor
 """[O, I], as it is kept: 4 bits, or the dtype of the model."""
@@ -38,19 +38,21 @@ class AdaptedLinear:
             biases: one [O] in the dtype of the activations per module, or None where a module has none.
         """
         self.out_features = tuple(weight.shape[0] for weight in weights)
-        self._modules = slice(first_module, first_module + len(weights))
+        self._modules = range(first_module, first_module + len(weights))
         self._parts = _fuse(weights)
         self._has_bias = tuple(bias is not None for bias in biases or [None] * len(weights))
         self._bias = _fuse_biases(biases or (), self.out_features)
 
-    def forward(self, x: Tensor, batch: StepBatch) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterBatch) -> Tensor:
         """x: [T, I]. Returns a new contiguous [T, sum of out_features]."""
         products = [_product(x, part) for part in self._parts]
         y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
-        if batch.slots.num_entries:
-            table = batch.table[:, self._modules]
-            lora_apply_(y, x, batch.arena, table, out_features=self.out_features, slots=batch.slots)
-        if self._bias is not None:
+        if adapters.touches(self._modules):
+            table = adapters.table[:, self._modules.start : self._modules.stop]
+            lora_apply_(
+                y, x, adapters.arena, table, out_features=self.out_features, slots=adapters.slots, bias=self._bias
+            )
+        elif self._bias is not None:
             y += self._bias
         return y
 

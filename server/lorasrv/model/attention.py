@@ -35,13 +35,13 @@ class Attention:
 
     def forward(self, x: Tensor, angles: Tensor, batch: StepBatch) -> Tensor:
         """x: [T, I]; angles: [T, 1, D]. Returns a new [T, I]; writes this step's keys and values into the cache."""
-        heads = self.qkv.forward(x, batch).unflatten(1, (-1, self._head_size))  # [T, H + 2 Hkv, D]
+        heads = self.qkv.forward(x, batch.adapters).unflatten(1, (-1, self._head_size))  # [T, H + 2 Hkv, D]
         query, key, value = heads.split(self._heads, dim=1)
         if self._qk_norms:
             for part, norm in zip((query, key), self._qk_norms, strict=True):
-                part.copy_(norm.forward(part))
+                part.copy_(norm.forward(part, batch.adapters))
         rotate_(heads[:, : -self._heads[2]], angles)
         cache = batch.kv_cache[:, self._layer]
         store_kv_(cache, key, value, batch.attention)
         attended = paged_attention(query, cache, batch.attention, scale=self._scale, window=self._window)
-        return self.output.forward(attended.flatten(1), batch)
+        return self.output.forward(attended.flatten(1), batch.adapters)

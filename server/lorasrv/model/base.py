@@ -5,42 +5,40 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
+from lorasrv_adapters.base import BaseModule, ModuleKind
 from lorasrv_kernels.nf4 import NF4Weight
 from torch import Tensor
 
 from lorasrv.model.adapted_linear import Weight, weight_rows
-from lorasrv.model.tensors import MODULES
+from lorasrv.model.config import ModelConfig
+from lorasrv.model.tensors import EMBEDDING, HEAD, MODULES, module_order, other_modules
 
 _CHUNK_ELEMENTS = 1 << 18
 
 
 class ServedBase:
-    """What `lorasrv_adapters.normalize` asks of a base. Read-only; any thread may use it.
+    """What `lorasrv_adapters.base.BaseModel` asks of a base. Read-only; any thread may use it.
 
     Attributes:
-        modules: name -> (O, I) of every linear an adapter may target, in module order.
-        biases: module name -> [O] of every module with a bias, in float32 on the CPU.
+        modules: every module by its name, those of the adapters' table first, in its order.
+        tied: whether the head's weight is the embedding's.
+        dtype: of everything that is not quantized.
     """
 
     def __init__(
-        self, identity: str, stored: Callable[[], Iterator[tuple[str, Weight]]], *, dtype: torch.dtype
+        self, config: ModelConfig, stored: Callable[[], Iterator[tuple[str, Weight]]], *, dtype: torch.dtype
     ) -> None:
-        """Takes the canonical config, a way to walk over all stored tensors in a fixed order, and the model's dtype."""
-        self._identity = identity
-        self._dtype = dtype
+        """Takes the config, a way to walk over all stored tensors in a fixed order, and the model's dtype."""
+        self._identity = config.identity()
         self._stored = stored
-        self._weights = {
-            name.removesuffix(".weight"): weight
-            for name, weight in stored()
-            if name.removesuffix(".weight").endswith(MODULES)
-        }
-        self.modules: Mapping[str, tuple[int, int]] = {
-            name: (weight.shape[0], weight.shape[1]) for name, weight in self._weights.items()
-        }
-        self.biases: Mapping[str, Tensor] = {
-            name.removesuffix(".bias"): bias.to(device="cpu", dtype=torch.float32, copy=True)
-            for name, bias in stored()
-            if isinstance(bias, Tensor) and name.endswith(".bias")
+        self._weights = dict(stored())
+        self.tied = HEAD not in self._weights
+        if self.tied:
+            self._weights[HEAD] = self._weights[EMBEDDING]
+        self.dtype = dtype
+        self.modules: Mapping[str, BaseModule] = {
+            **{name: self._module(name) for name in module_order(config)},
+            **dict.fromkeys(other_modules(config), BaseModule(kind="other")),
         }
 
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -49,7 +47,18 @@ class ServedBase:
         Raises:
             KeyError: there is no such module.
         """
-        return weight_rows(self._weights[name], start, stop, dtype=self._dtype)
+        return weight_rows(self._weights[f"{name}.weight"], start, stop, dtype=self.dtype)
+
+    def _module(self, name: str) -> BaseModule:
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        rows, width = (1, *weight.shape)[-2:]
+        if name.endswith(MODULES):
+            wide = bias.to(device="cpu", dtype=torch.float32, copy=True) if isinstance(bias, Tensor) else None
+            return BaseModule(kind="linear", out_features=rows, in_features=width, bias=wide)
+        if f"{name}.weight" == EMBEDDING:
+            return BaseModule(kind="embedding", out_features=width, in_features=rows)
+        kind: ModuleKind = "head" if f"{name}.weight" == HEAD else "norm"
+        return BaseModule(kind=kind, out_features=rows, in_features=width)
 
     @property
     def digest(self) -> str:

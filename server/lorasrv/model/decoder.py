@@ -6,17 +6,17 @@ Knows the model; does not know requests, scheduling or sampling, nor which metho
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.nf4 import NF4Weight
 from torch import Tensor
 
 from lorasrv.model.adapted_linear import AdaptedLinear, Weight
 from lorasrv.model.attention import Attention
 from lorasrv.model.base import ServedBase
-from lorasrv.model.batch import StepBatch
+from lorasrv.model.batch import AdapterBatch, StepBatch
 from lorasrv.model.config import ModelConfig
 from lorasrv.model.layers import RMSNorm, RotaryTable, silu_mul
-from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix, module_order
+from lorasrv.model.vocabulary import OutputHead, TokenEmbedding
 
 
 class DecoderLayer:
@@ -32,7 +32,11 @@ class DecoderLayer:
         layer: int,
     ) -> None:
         """Takes the weights in the order of `MODULES`, norms and biases by their names within the layer."""
-        self.norms = {name: RMSNorm(norm, epsilon=config.rms_norm_eps) for name, norm in norms.items()}
+        order = module_order(config)
+        self.norms = {
+            name: RMSNorm(norm, epsilon=config.rms_norm_eps, module=order.index(f"{layer_prefix(layer)}.{name}"))
+            for name, norm in norms.items()
+        }
         self.input_norm, self.post_attention_norm = (self.norms[name] for name in NORMS)
         found = [biases.get(module) for module in MODULES]
 
@@ -47,9 +51,10 @@ class DecoderLayer:
 
     def forward(self, x: Tensor, angles: Tensor, batch: StepBatch) -> Tensor:
         """x: [T, I], changed in place; angles: [T, 1, D]. Returns x."""
-        x += self.attention.forward(self.input_norm.forward(x), angles, batch)
-        gate, up = self.gate_up.forward(self.post_attention_norm.forward(x), batch).chunk(2, dim=1)
-        x += self.down.forward(silu_mul(gate, up), batch)
+        adapters = batch.adapters
+        x += self.attention.forward(self.input_norm.forward(x, adapters), angles, batch)
+        gate, up = self.gate_up.forward(self.post_attention_norm.forward(x, adapters), adapters).chunk(2, dim=1)
+        x += self.down.forward(silu_mul(gate, up), adapters)
         return x
 
     def groups(self) -> tuple[AdaptedLinear, ...]:
@@ -64,7 +69,7 @@ class DecoderModel:
         config: what its `config.json` says.
         dtype: of embeddings, norms, head, activations and cache.
         base: what adapters need to know of it.
-        module_order: names of the modules adapters may target; row m of an adapter's table is the m-th.
+        module_order: names of the modules adapters can change; row m of an adapter's table is the m-th.
         max_positions: positions it can serve.
     """
 
@@ -83,15 +88,18 @@ class DecoderModel:
         self.dtype = embedding.dtype
         self.device = embedding.device
         self.max_positions = max_positions
-        self._embedding = embedding
+        self.module_order = module_order(config)
+        embedding_place, head_place, norm_place = (
+            self.module_order.index(name.removesuffix(".weight")) for name in (EMBEDDING, HEAD, FINAL_NORM)
+        )
+        self._embedding = TokenEmbedding(embedding, module=embedding_place)
         self._layers = tuple(layers)
-        self._final_norm = RMSNorm(final_norm, epsilon=config.rms_norm_eps)
-        self._head = embedding if head is None else head
+        self._final_norm = RMSNorm(final_norm, epsilon=config.rms_norm_eps, module=norm_place)
+        self._head = OutputHead(embedding if head is None else head, module=head_place)
         self._rotary = RotaryTable(
             config.rope, head_size=config.head_size, num_positions=max_positions, device=embedding.device
         )
-        self.base = ServedBase(config.identity(), self.stored, dtype=self.dtype)
-        self.module_order = tuple(self.base.modules)
+        self.base = ServedBase(config, self.stored, dtype=self.dtype)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, batch: StepBatch) -> Tensor:
@@ -104,20 +112,25 @@ class DecoderModel:
         Returns:
             [T, I] after the final norm, in the dtype of the model; every row independent of the others, bit for bit.
         """
-        x = self._embedding.index_select(0, tokens)
+        x = self._embedding.forward(tokens, batch.adapters)
         angles = self._rotary.lookup(batch.positions)
         for layer in self._layers:
             x = layer.forward(x, angles, batch)
-        return self._final_norm.forward(x)
+        return self._final_norm.forward(x, batch.adapters)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [N, I], rows of `forward`'s result. Returns [N, V] float32, row by row independent."""
-        return dense_linear(hidden, self._head).float()
+    def logits(self, hidden: Tensor, adapters: AdapterBatch) -> Tensor:
+        """Returns [N, V] float32, row by row independent.
+
+        Args:
+            hidden: [N, I], rows of `forward`'s result.
+            adapters: describes the same N rows.
+        """
+        return self._head.forward(hidden, adapters)
 
     def stored(self) -> Iterator[tuple[str, Weight]]:
         """Every stored tensor under its name in a checkpoint, in a fixed order; a tied head is not repeated."""
-        yield EMBEDDING, self._embedding
+        yield EMBEDDING, self._embedding.weight
         for index, layer in enumerate(self._layers):
             prefix = layer_prefix(index)
             for name, norm in layer.norms.items():
@@ -130,8 +143,8 @@ class DecoderModel:
                 if bias is not None:
                     yield f"{prefix}.{module}.bias", bias
         yield FINAL_NORM, self._final_norm.weight
-        if self._head is not self._embedding:
-            yield HEAD, self._head
+        if self._head.weight is not self._embedding.weight:
+            yield HEAD, self._head.weight
 
     @property
     def num_bytes(self) -> int:

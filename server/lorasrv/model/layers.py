@@ -7,8 +7,10 @@ norm's.
 import math
 
 import torch
+from lorasrv_kernels.replacement import replaced_scale_
 from torch import Tensor
 
+from lorasrv.model.batch import AdapterBatch
 from lorasrv.model.rope import RopeConfig
 
 _TABLE_ROWS = 1024
@@ -17,16 +19,21 @@ _TABLE_ROWS = 1024
 class RMSNorm:
     """Root mean square norm, https://arxiv.org/abs/1910.07467 equation 4; in float32 inside."""
 
-    def __init__(self, weight: Tensor, *, epsilon: float) -> None:
-        """Keeps `weight` [I] or [D], in the dtype of the model."""
+    def __init__(self, weight: Tensor, *, epsilon: float, module: int) -> None:
+        """Keeps `weight` [I] or [D], in the dtype of the model; `module` is its place in the model's module order."""
         self.weight = weight
         self._epsilon = epsilon
+        self._module = module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: AdapterBatch) -> Tensor:
         """x: [T, I] or [T, H, D], any strides, the dtype of the model. Returns a new tensor of its shape."""
         wide = x.float()
         inverse = wide.pow(2).mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
-        return (wide * inverse).to(x.dtype).mul_(self.weight)
+        y = (wide * inverse).to(x.dtype)
+        if not adapters.touches((self._module,)):
+            return y.mul_(self.weight)
+        replaced_scale_(y, self.weight, adapters.arena, adapters.table[:, self._module], slots=adapters.slots)
+        return y
 
 
 class RotaryTable:

@@ -65,6 +65,19 @@ def norm_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
     return {**shapes, FINAL_NORM: (config.hidden_size,)}
 
 
+def module_order(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the modules that an adapter can change, in the order of the adapters' table."""
+    names = (*linear_shapes(config), HEAD, EMBEDDING, *norm_shapes(config))
+    return tuple(name.removesuffix(".weight") for name in names)
+
+
+def other_modules(config: ModelConfig) -> tuple[str, ...]:
+    """Names that the Hugging Face model has beside those of `module_order`."""
+    parts = ("", ".self_attn", ".mlp", ".mlp.act_fn")
+    layers = (f"{layer_prefix(layer)}{part}" for layer in range(config.num_layers) for part in parts)
+    return ("model", "model.layers", "model.rotary_emb", *layers)
+
+
 def wide_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what is never quantized: embedding, norms, biases and an untied head."""
     table = (config.vocab_size, config.hidden_size)

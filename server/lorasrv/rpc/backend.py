@@ -79,7 +79,8 @@ class Backend:
         model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
-        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model)), cache, observer=metrics)
+        memory = _memory(config, model, metrics)
+        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model, memory)), cache, observer=metrics)
         for adapter_id, source in config.adapters:
             registry.load(adapter_id, _source(source))
         return cls(
@@ -87,7 +88,7 @@ class Backend:
             facts=_facts(config, model, folder=folder),
             model=model,
             tokenizer=tokenizer,
-            memory=_memory(config, model, metrics),
+            memory=memory,
             registry=registry,
             cache=cache,
             metrics=metrics,
@@ -147,13 +148,14 @@ def _base_folder(config: ServeConfig) -> Path:
     return embedded_base() if config.base is None else model_folder(config.base)
 
 
-def _loader(config: ServeConfig, model: DecoderModel) -> CheckpointLoader:
+def _loader(config: ServeConfig, model: DecoderModel, memory: DeviceMemory) -> CheckpointLoader:
     downloads = Path(huggingface_hub.constants.HF_HOME) / "lorasrv-adapters"
     hub = HubSource(allowed=_allowed_repositories(config), folder=downloads)
     return CheckpointLoader(
         base=model.base,
         dtype=model.dtype,
         max_rank=config.max_rank,
+        max_bytes=memory.adapter_bytes,
         roots=config.allowed_roots,
         hub=hub if hub.allowed else None,
     )
@@ -172,7 +174,7 @@ def _source(source: str) -> str:
 def _memory(config: ServeConfig, model: DecoderModel, metrics: ServerMetrics) -> DeviceMemory:
     return DeviceMemory(
         model.config,
-        list(model.base.modules.values()),
+        model.base,
         dtype=model.dtype,
         device=model.device,
         kv_bytes=config.kv_bytes or default_kv_bytes(model, max_num_seqs=config.max_num_seqs),

@@ -39,10 +39,9 @@ def test_each_row_is_sampled_with_its_own_parameters_and_position(folder: Path) 
 
 def test_the_largest_adapter_always_fits(folder: Path) -> None:
     model = Served.load(folder / "base", {}, torch.bfloat16).model
-    shapes = list(model.base.modules.values())
     memory = DeviceMemory(
         model.config,
-        shapes,
+        model.base,
         dtype=torch.bfloat16,
         device="cpu",
         kv_bytes=0,
@@ -51,5 +50,5 @@ def test_the_largest_adapter_always_fits(folder: Path) -> None:
         max_adapters=3,
     )
     assert memory.layout.num_blocks == 1
-    assert memory.layout.reserve(image_elements(shapes, rank=9, dtype=torch.bfloat16)) is not None
+    assert memory.layout.reserve(image_elements(model.base, rank=9, dtype=torch.bfloat16)) is not None
     assert memory.layout.reserve(1) is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lorasrv.model.batch import StepBatch
+from lorasrv.model.batch import AdapterBatch, StepBatch
 from lorasrv.model.decoder import DecoderModel
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
 from lorasrv_kernels.batch import SlotBatch
@@ -91,13 +91,20 @@ class Driver:
         batch = StepBatch(
             positions=torch.tensor(positions),
             attention=AttentionBatch.from_spans(spans, tile_tokens=tile_tokens(config.num_heads, config.num_kv_heads)),
-            slots=SlotBatch.from_slots(slots if slots is not None else [-1] * len(tokens)),
+            adapters=self._adapters(slots if slots is not None else [-1] * len(tokens)),
             kv_cache=self.cache,
-            arena=self.arena if self.arena is not None else torch.zeros(0, dtype=self.model.dtype),
-            table=self.table if self.table is not None else torch.zeros(0, len(self.model.module_order), 4).long(),
         )
         hidden = self.model.forward(torch.tensor(tokens), batch)
-        return list(self.model.logits(hidden).split([span.num_tokens for span in spans]))
+        return list(self.model.logits(hidden, batch.adapters).split([span.num_tokens for span in spans]))
+
+    def _adapters(self, slots: Sequence[int]) -> AdapterBatch:
+        num_modules = len(self.model.module_order)
+        return AdapterBatch(
+            slots=SlotBatch.from_slots(slots),
+            arena=self.arena if self.arena is not None else torch.zeros(0, dtype=self.model.dtype),
+            table=self.table if self.table is not None else torch.zeros(0, num_modules, 8).long(),
+            touched=range(num_modules) if self.table is not None else (),
+        )
 
     def run(self, tokens: Sequence[int], *, name: str = "only") -> Tensor:
         """The logits [tokens, V] of one sequence in one step."""

@@ -6,8 +6,12 @@ import random
 
 import pytest
 import torch
+from lorasrv.model.batch import AdapterBatch
 from lorasrv.model.loader import load_model
+from lorasrv_adapters.base import table_order
+from lorasrv_kernels.batch import SlotBatch
 from lorasrv_kernels.nf4 import NF4Weight, dequantize
+from lorasrv_kernels.table import ABSENT_ROW, Column
 
 KINDS = ["llama2", "llama3", "tied", "head_dim", "linear"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -97,21 +101,21 @@ def test_neighbours_do_not_change_a_bit(tiny, driver, dtype):
 
 
 def random_adapter(model) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, ...]]]:
-    """An arena with rank rows and scales for every other module, its table of one slot, and the same as matrices."""
+    """An arena with rank rows and scales for every other product, its table of one slot, and the same as matrices."""
     torch.manual_seed(3)
     arena, entries, matrices = torch.zeros(0), [], {}
     for place, name in enumerate(model.module_order):
-        out_features, in_features = model.base.modules[name]
-        if place % 2:
-            entries.append([0, 0, -1, 0])
+        module = model.base.modules[name]
+        out_features, in_features = module.out_features, module.in_features
+        entries.append(list(ABSENT_ROW))
+        if place % 2 or module.kind not in ("linear", "head"):
             continue
         a, b, d = 0.2 * torch.randn(3, in_features), 0.2 * torch.randn(out_features, 3), 0.5 + torch.rand(out_features)
-        entries.append([])
-        for piece in (a, b.t(), d):
-            entries[-1].append(len(arena))
+        for column, piece in ((Column.A, a), (Column.B_T, b.t()), (Column.D, d)):
+            entries[-1][column] = len(arena)
             padded = torch.nn.functional.pad(piece.flatten(), (0, -piece.numel() % 32))
             arena = torch.cat([arena, padded])
-        entries[-1].append(3)
+        entries[-1][Column.RANK] = 3
         matrices[name] = (a, b, d)
     return arena, torch.tensor([entries]), matrices
 
@@ -143,7 +147,13 @@ def test_logits_are_float32_and_of_the_rows_asked(tiny, driver):
     logits = driver(model).run(prompt(20))
     assert logits.dtype == torch.float32
     hidden = torch.randn(20, 64, dtype=torch.bfloat16)
-    assert torch.equal(model.logits(hidden[[19, 4]]), model.logits(hidden)[[19, 4]])
+    two, all_rows = (
+        model.logits(
+            rows, AdapterBatch(slots=SlotBatch.from_slots([-1] * len(rows)), arena=rows, table=rows, touched=())
+        )
+        for rows in (hidden[[19, 4]], hidden)
+    )
+    assert torch.equal(two, all_rows[[19, 4]])
 
 
 def test_positions_end_where_asked(tiny):
@@ -154,9 +164,16 @@ def test_positions_end_where_asked(tiny):
 def test_base_tells_adapters_what_they_need(tiny):
     folder, oracle = tiny("llama3")
     model = load_model(folder, dtype=torch.bfloat16, device="cpu")
-    linears = {name: tuple(m.weight.shape) for name, m in oracle.named_modules() if isinstance(m, torch.nn.Linear)}
-    del linears["lm_head"]
-    assert dict(model.base.modules) == linears
+    named = dict(oracle.named_modules())
+    del named[""]
+    assert model.base.modules.keys() == named.keys()
+    for name, module in model.base.modules.items():
+        if module.kind != "other":
+            assert module.weight_shape == tuple(named[name].weight.shape), name
+    kinds = [model.base.modules[name].kind for name in model.module_order]
+    assert kinds == ["linear"] * 14 + ["head", "embedding"] + ["norm"] * 5
+    assert table_order(model.base) == model.module_order
+    assert not model.base.tied
     endings = [name.rsplit(".", 1)[1] for name in model.module_order[:7]]
     assert endings == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     for name in model.module_order[:7]:
@@ -165,8 +182,18 @@ def test_base_tells_adapters_what_they_need(tiny):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, weight[3:20].detach(), rtol=0, atol=0.1)
         assert torch.equal(rows, rows.bfloat16().float())
+    for name in ("lm_head", "model.embed_tokens"):
+        weight = oracle.get_submodule(name).weight.detach().bfloat16().float()
+        assert torch.equal(model.base.weight_rows(name, 3, 20), weight[3:20])
     with pytest.raises(KeyError):
-        model.base.weight_rows("lm_head", 0, 1)
+        model.base.weight_rows("model.layers.0.mlp", 0, 1)
+
+
+def test_a_tied_head_has_the_rows_of_the_embedding(tiny):
+    model = load_model(tiny("tied")[0], dtype=torch.float32, device="cpu")
+    assert model.base.tied
+    assert model.base.modules["lm_head"].kind == "head"
+    assert torch.equal(*(model.base.weight_rows(name, 0, 199) for name in ("lm_head", "model.embed_tokens")))
 
 
 def test_digest_names_what_is_served(tiny):

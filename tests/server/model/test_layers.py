@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from lorasrv.model.batch import AdapterBatch
 from lorasrv.model.layers import RMSNorm, RotaryTable, rotate_, silu_mul
 from lorasrv.model.rope import RopeConfig
+from lorasrv_kernels.batch import SlotBatch
 from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 DTYPES = [torch.float32, torch.bfloat16]
+NO_ADAPTERS = AdapterBatch(slots=SlotBatch.from_slots([]), arena=torch.empty(0), table=torch.empty(0), touched=())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -17,7 +20,7 @@ def test_norm_equals_transformers(dtype):
     x, weight = torch.randn(7, 96).to(dtype), torch.randn(96).to(dtype)
     oracle = LlamaRMSNorm(96, eps=1e-5)
     oracle.weight.data = weight
-    assert torch.equal(RMSNorm(weight, epsilon=1e-5).forward(x), oracle(x))
+    assert torch.equal(RMSNorm(weight, epsilon=1e-5, module=0).forward(x, NO_ADAPTERS), oracle(x))
 
 
 ROPES = {
@@ -72,14 +75,18 @@ def test_activation_equals_torch(dtype):
 def test_rows_do_not_depend_on_their_number(dtype, width):
     torch.manual_seed(0)
     gate, up = (3 * torch.randn(2, 40, width)).to(dtype)
-    norm = RMSNorm(torch.randn(width).to(dtype), epsilon=1e-6)
+    norm = RMSNorm(torch.randn(width).to(dtype), epsilon=1e-6, module=0)
     both = torch.cat([gate, up], dim=1)
 
     def layers(start: int, stop: int) -> torch.Tensor:
         split = both[start:stop].chunk(2, dim=1)
-        activations = [silu_mul(gate[start:stop], up[start:stop]), silu_mul(*split), norm.forward(gate[start:stop])]
+        activations = [
+            silu_mul(gate[start:stop], up[start:stop]),
+            silu_mul(*split),
+            norm.forward(gate[start:stop], NO_ADAPTERS),
+        ]
         heads = both[start:stop].unflatten(1, (2, width))[:, :1]
-        return torch.cat([*activations, norm.forward(heads).flatten(1)], dim=1)
+        return torch.cat([*activations, norm.forward(heads, NO_ADAPTERS).flatten(1)], dim=1)
 
     alone = torch.cat([layers(row, row + 1) for row in range(40)])
     for stop in (2, 3, 7, 16, 17, 40):
