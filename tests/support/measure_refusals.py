@@ -12,10 +12,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from lorasrv_adapters.base import BaseModule
 from lorasrv_adapters.checkpoint import read_checkpoint
 from lorasrv_adapters.errors import AdapterError
 
-BASE = SimpleNamespace(modules={"model.layers.0.self_attn.q_proj": (8, 8)}, digest="0" * 64)
+BASE = SimpleNamespace(
+    modules={"model.layers.0.self_attn.q_proj": BaseModule(kind="linear", out_features=8, in_features=8)},
+    tied=False,
+    digest="0" * 64,
+)
 
 
 def refuse(folder: Path) -> str:

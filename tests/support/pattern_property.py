@@ -86,7 +86,7 @@ def _check_whole(source: str, comparable: bool) -> bool:
         return False
     theirs = _python(source)
     if comparable:
-        assert targets.select(NAMES) == {name for name in NAMES if theirs.fullmatch(name)}, source
+        assert targets.select(NAMES, all_linear=NAMES) == {name for name in NAMES if theirs.fullmatch(name)}, source
     return True
 
 
@@ -101,7 +101,7 @@ def _check_layers(source: str, comparable: bool) -> bool:
         expected = {"q", "a.q"} | {
             name for name in candidates if (match := theirs.match(name)) and match["idx"] in ("1", "10")
         }
-        assert targets.select(NAMES) == expected, source
+        assert targets.select(NAMES, all_linear=NAMES) == expected, source
     return True
 
 
