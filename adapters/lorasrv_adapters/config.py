@@ -246,7 +246,10 @@ def _targets(fields: Fields) -> Targets:
     parts: dict[str, dict[str, Any]] = {
         "target_modules": {"include": include},
         "exclude_modules": {"exclude": exclude},
-        "layers_pattern": {"layers_pattern": (pattern,) if isinstance(pattern, str) else pattern},
+        "layers_pattern": {
+            "layers": layers,
+            "layers_pattern": (pattern,) if isinstance(pattern, str) else pattern,
+        },
         "modules_to_save": {"saved": _saved(fields)},
     }
     for key, part in parts.items():
@@ -256,7 +259,7 @@ def _targets(fields: Fields) -> Targets:
             fields.refuse(key, str(error))
             fields.valid = False
     whole = {name: value for part in parts.values() for name, value in part.items()}
-    return Targets(layers=layers, **whole) if fields.valid else Targets(include=())
+    return Targets(**whole) if fields.valid else Targets(include=())
 
 
 def _check_patterns(fields: Fields, key: str, table: Sequence[tuple[str, object]]) -> None:

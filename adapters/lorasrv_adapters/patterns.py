@@ -72,7 +72,7 @@ class Pattern:
     def number(self, name: str) -> int | None:
         """The group "idx" of a match from the start of `name`, -1 if it takes no part; None without a match."""
         match = self._compiled.match(name)
-        return None if match is None else int(match.group("idx") or -1)
+        return None if match is None else int(str(match.group("idx") or -1))
 
 
 class PatternTable(Generic[V]):
