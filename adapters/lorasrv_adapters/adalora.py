@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasrv_adapters.config import INERT_ADALORA, AdapterConfig
+from lorasrv_adapters.config import AdapterConfig
 from lorasrv_adapters.errors import AdapterConversionError
+from lorasrv_adapters.keys import INERT_ADALORA
+from lorasrv_adapters.naming import PREFIX
 from lorasrv_adapters.raw import (
-    PREFIX,
     Factors,
     RawAdapter,
     check_ranks,

@@ -14,10 +14,8 @@ from torch import Tensor
 from lorasrv_adapters.config import CONFIG_NAME, AdapterConfig, examine_adapter_config
 from lorasrv_adapters.errors import AdapterConversionError
 from lorasrv_adapters.fields import Fields, is_live
+from lorasrv_adapters.naming import PREFIX
 from lorasrv_adapters.patterns import PatternTable
-
-PREFIX = "base_model.model."
-"""What every tensor's name begins with, before the module's name in the Hugging Face model."""
 
 INDEPENDENT = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lorasrv_adapters.base import BaseModule
 from lorasrv_adapters.checkpoint import read_checkpoint, write_checkpoint
 from lorasrv_adapters.normalize import NormalizedModule
+from plain_base import base_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,26 +77,6 @@ def new_llama() -> nn.Module:
         num_key_value_heads=2,
     )
     return transformers.LlamaForCausalLM(config).eval()
-
-
-def base_of(model: nn.Module) -> SimpleNamespace:
-    weights = {
-        name: module.weight.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    modules = {
-        name: BaseModule(kind="linear", out_features=weight.shape[0], in_features=weight.shape[1])
-        for name, weight in weights.items()
-    }
-    return SimpleNamespace(
-        modules=modules,
-        tied=False,
-        dtype=torch.float32,
-        digest="0" * 64,
-        weights=weights,
-        weight_rows=lambda name, start, stop: weights[name][start:stop].clone(),
-    )
 
 
 def randomize(model: nn.Module) -> None:

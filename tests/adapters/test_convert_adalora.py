@@ -12,6 +12,7 @@ from lorasrv_adapters.checkpoint import read_checkpoint
 from lorasrv_adapters.convert import convert_checkpoint
 from lorasrv_adapters.errors import AdapterConversionError, AdapterIncompatibleError
 from lorasrv_adapters.raw import RawAdapter
+from plain_base import base_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def test_peft_answers_the_same(folder: Path, tmp_path: Path) -> None:
 
 def test_the_server_serves_the_same(folder: Path, tmp_path: Path) -> None:
     conversion = convert_checkpoint(folder, tmp_path / "lora")
-    base = tiny.base_of(tiny.new_llama())
+    base = base_of(tiny.new_llama())
     before, after = read_checkpoint(folder, base), read_checkpoint(tmp_path / "lora", base)
     assert after.kind == conversion.kind == "lora"
     assert after.ranks == {name: rank for name, rank in before.ranks.items() if rank}
@@ -181,7 +182,7 @@ def test_a_truncated_adapter_is_still_recognized_as_truncated(tmp_path: Path) ->
     save_file(tensors, path, {"format": "pt"})
     convert_checkpoint(tmp_path / "adalora", tmp_path / "lora")
     with pytest.raises(AdapterIncompatibleError, match=r"layers.1.self_attn.q_proj is targeted .* but has no tensors"):
-        read_checkpoint(tmp_path / "lora", tiny.base_of(tiny.new_llama()))
+        read_checkpoint(tmp_path / "lora", base_of(tiny.new_llama()))
 
 
 QA, QB, QE = (f"base_model.model.{Q}.lora_{role}" for role in "ABE")

@@ -13,6 +13,7 @@ from lorasrv_adapters.convert import convert_checkpoint
 from lorasrv_adapters.errors import AdapterConversionError
 from lorasrv_adapters.initial_weights import changes_base, subtract_initial
 from lorasrv_adapters.raw import RawAdapter
+from plain_base import base_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def test_peft_answers_as_on_the_base_it_changed(tmp_path: Path, init: str, optio
 def test_it_is_served_as_the_weights_that_were_trained(tmp_path: Path, options: str) -> None:
     trained = save(tmp_path, "pissa", options)
     conversion = convert_checkpoint(tmp_path / "trained", tmp_path / "lora", initial=tmp_path / "initial")
-    base = tiny.base_of(tiny.new_llama())
+    base = base_of(tiny.new_llama())
     served = read_checkpoint(tmp_path / "lora", base)
     merged = trained.merge_and_unload()
     assert len(served.modules) == 6

@@ -8,7 +8,7 @@ import pytest
 import weights_property
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from lorasrv_adapters.config import HONOURED, INERT, INERT_ADALORA, UNSUPPORTED
+from lorasrv_adapters.keys import HONOURED, INERT, INERT_ADALORA, UNSUPPORTED
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 9) | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -72,21 +72,6 @@ def save_adalora(folder: Path, *, masks: Mapping[str, list[bool]] | None) -> Non
         model.save_pretrained(folder)
 
 
-def base_of(model: nn.Module) -> SimpleNamespace:
-    """A model's linear layers, as adapters look at a base."""
-    weights = {
-        name: module.weight.detach()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    return SimpleNamespace(
-        modules={name: tuple(weight.shape) for name, weight in weights.items()},
-        digest="0" * 64,
-        weights=weights,
-        weight_rows=lambda name, start, stop: weights[name][start:stop],
-    )
-
-
 def load(folder: Path) -> PeftModel:
     """The adapter in PEFT, on the base as it was."""
     with warnings.catch_warnings():
