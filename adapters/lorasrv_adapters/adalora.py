@@ -28,7 +28,7 @@ from lorasrv_adapters.raw import (
 
 _READ = frozenset({"init_r", "lora_alpha", "rank_pattern"})
 # AdaLoRA has a rank and an initialization of its own, whatever these say
-_REPLACED = frozenset(INERT_ADALORA) | {"r", "init_lora_weights"}
+_REPLACED = frozenset(INERT_ADALORA) | {"init_lora_weights"}
 _WRITTEN = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
 
 

@@ -74,6 +74,23 @@ def test_the_server_serves_the_same(folder: Path, tmp_path: Path) -> None:
         assert conversion.ranks[name][1] == module.rank
 
 
+BESIDE: dict[str, dict[str, object]] = {
+    "all biases": {"bias": "all"},
+    "biases of the targets": {"bias": "lora_only"},
+    "saved modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "rows of the embedding": {"trainable_token_indices": [3, 7]},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_was_trained_beside_the_factors_survives(name: str, tmp_path: Path) -> None:
+    tiny.save_adalora(tmp_path / "adalora", masks=MASKS, biased=True, **BESIDE[name])
+    convert_checkpoint(tmp_path / "adalora", tmp_path / "lora")
+    expected = tiny.logits(tiny.load(tmp_path / "adalora", biased=True))
+    # logits are of order 10; the same sum in another order
+    torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "lora", biased=True)), expected, atol=1e-5, rtol=0)
+
+
 def test_masks_prune_rows_that_the_file_still_has(tmp_path: Path) -> None:
     for name, masks in (("full", None), ("pruned", MASKS)):
         tiny.save_adalora(tmp_path / name, masks=masks)

@@ -54,6 +54,23 @@ def test_peft_answers_as_on_the_base_it_changed(tmp_path: Path, init: str, optio
     assert (tiny.logits(tiny.load(tmp_path / "trained")) - expected).abs().max() > 0.1
 
 
+BESIDE: dict[str, dict[str, object]] = {
+    "all biases": {"bias": "all"},
+    "biases of the targets": {"bias": "lora_only"},
+    "saved modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "rows of the embedding": {"trainable_token_indices": [3, 7]},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_was_trained_beside_the_factors_survives(name: str, tmp_path: Path) -> None:
+    chosen = {"r": 4, "target_modules": TARGETS, "init_lora_weights": "pissa"} | BESIDE[name]
+    expected = tiny.logits(tiny.save_before_and_after(tmp_path, tiny.new_llama(biased=True), **chosen))
+    convert_checkpoint(tmp_path / "trained", tmp_path / "lora", initial=tmp_path / "initial")
+    # logits are of order 10; the same sum in another order
+    torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "lora", biased=True)), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("options", ["plain", "dora-rslora-patterns"])
 def test_it_is_served_as_the_weights_that_were_trained(tmp_path: Path, options: str) -> None:
     trained = save(tmp_path, "pissa", options)

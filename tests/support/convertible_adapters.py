@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def new_llama(*, tied: bool = False) -> LlamaForCausalLM:
+def new_llama(*, tied: bool = False, biased: bool = False) -> LlamaForCausalLM:
     """A random Llama of two layers, the same at every call."""
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -27,6 +27,7 @@ def new_llama(*, tied: bool = False) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
+        attention_bias=biased,
     )
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -51,32 +52,35 @@ def save_before_and_after(folder: Path, base: LlamaForCausalLM, **options: objec
         for name, parameter in model.named_parameters():
             if "magnitude" in name:
                 parameter.data *= 0.5 + torch.rand_like(parameter)
-            elif "lora_" in name:
+            elif parameter.requires_grad:
                 parameter.data += torch.randn_like(parameter) * 0.1
         model.save_pretrained(folder / "trained")
     return model
 
 
-def save_adalora(folder: Path, *, masks: Mapping[str, list[bool]] | None) -> None:
+def save_adalora(
+    folder: Path, *, masks: Mapping[str, list[bool]] | None, biased: bool = False, **options: object
+) -> None:
     """Write an AdaLoRA adapter on two modules a layer, pruned by masks for each module, or not pruned."""
-    config = AdaLoraConfig(init_r=5, target_r=2, lora_alpha=7, total_step=10, target_modules=["q_proj", "v_proj"])
+    schedule = {"init_r": 5, "target_r": 2, "lora_alpha": 7, "total_step": 10}
+    config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], **schedule, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(new_llama(), config)
+        model = get_peft_model(new_llama(biased=biased), config)
         torch.manual_seed(5)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.data.normal_(0, 0.3)
         if masks is not None:
             model.peft_config["default"].rank_pattern = {f"{name}.lora_E": mask for name, mask in masks.items()}
         model.save_pretrained(folder)
 
 
-def load(folder: Path) -> PeftModel:
+def load(folder: Path, *, biased: bool = False) -> PeftModel:
     """The adapter in PEFT, on the base as it was."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(new_llama(), folder)
+        return PeftModel.from_pretrained(new_llama(biased=biased), folder)
 
 
 def _prepared(base: LlamaForCausalLM, options: Mapping[str, object]) -> LoraConfig:
