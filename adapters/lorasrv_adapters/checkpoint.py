@@ -18,6 +18,7 @@ from lorasrv_adapters.config import CONFIG_NAME, examine_adapter_config, parse_a
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.fields import MAX_JSON_BYTES
 from lorasrv_adapters.normalize import NormalizedAdapter, normalize
+from lorasrv_adapters.provenance import PROVENANCE_NAME, check_base, read_provenance
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, open_regular, read_weights
 
 
@@ -27,7 +28,7 @@ def read_checkpoint(folder: Path, base: BaseModel, *, limits: WeightLimits = DEF
     Blocks on files; for DoRA it also reads the base's rows.
 
     Args:
-        folder: The folder; only its two known files are opened.
+        folder: The folder; only the two files of the format and `provenance.json` are opened.
         base: The base the adapter will be served on.
         limits: What the weights file may ask for.
 
@@ -42,6 +43,7 @@ def read_checkpoint(folder: Path, base: BaseModel, *, limits: WeightLimits = DEF
         # nothing tells what the tensors should be, so gigabytes of them need not be read
         raise AdapterIncompatibleError(reasons)
     try:
+        reasons += check_base(read_provenance(folder), base)
         adapter = normalize(config, read_weights(folder, limits), base)
     except AdapterIncompatibleError as error:
         raise AdapterIncompatibleError([*reasons, *error.reasons]) from error
@@ -50,13 +52,20 @@ def read_checkpoint(folder: Path, base: BaseModel, *, limits: WeightLimits = DEF
     return adapter
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    provenance: Mapping[str, object] | None = None,
+) -> None:
     """Write a PEFT adapter folder; after a crash it is there completely or not at all.
 
     Args:
         folder: Where; it must not exist yet, or be empty.
         config: The content of `adapter_config.json`, as PEFT spells it.
         tensors: Tensors by PEFT's names, in the dtypes to write.
+        provenance: The content of `provenance.json`, if there is to be one.
 
     Raises:
         AdapterIncompatibleError: The config could not be read back.
@@ -72,6 +81,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, object], tensors: Mappin
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         _write(draft / WEIGHTS_NAME, save(copies, {"format": "pt"}))
         _write(draft / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
+        if provenance:
+            _write(draft / PROVENANCE_NAME, json.dumps(provenance, indent=2).encode() + b"\n")
         draft.chmod(0o755)
         _sync_folder(draft)
         draft.rename(folder)

@@ -1,4 +1,4 @@
-"""Adapters from the Hugging Face Hub: allow-listed repositories, named revisions, two files and no others.
+"""Adapters from the Hugging Face Hub: allow-listed repositories, named revisions, an adapter's own files and no others.
 
 Each commit gets a folder of its own, which appears completely or not at all. It knows the Hub's interface through
 huggingface_hub, and nothing of what the files mean.
@@ -7,7 +7,7 @@ huggingface_hub, and nothing of what the files mean.
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -37,6 +37,7 @@ from lorasrv_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
+from lorasrv_adapters.provenance import PROVENANCE_NAME
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, pickle_hint
 
 TIMEOUT_SECONDS = 10.0
@@ -84,7 +85,7 @@ class HubSource:
         with _translated_errors(reference):
             info = api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
             self._check_files(reference, info)
-            return self._download(api, repository, str(info.sha))
+            return self._download(api, repository, str(info.sha), self._wanted_files(info))
 
     def _folder_of(self, repository: str, commit: str) -> Path:
         return self.folder / repository.replace("/", "--") / commit.replace("/", "--")
@@ -99,14 +100,18 @@ class HubSource:
             if sizes[name] > self.limits.total_bytes + self.limits.header_bytes:
                 raise AdapterIncompatibleError([f"{name} has {sizes[name]} bytes, beyond the limit"])
 
-    def _download(self, api: HfApi, repository: str, commit: str) -> Path:
+    def _wanted_files(self, info: ModelInfo) -> tuple[str, ...]:
+        recorded = any(sibling.rfilename == PROVENANCE_NAME for sibling in info.siblings or ())
+        return (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME) if recorded else (CONFIG_NAME, WEIGHTS_NAME)
+
+    def _download(self, api: HfApi, repository: str, commit: str, names: Sequence[str]) -> Path:
         target = self._folder_of(repository, commit)
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
         try:
-            for name in (CONFIG_NAME, WEIGHTS_NAME):
+            for name in names:
                 api.hf_hub_download(repository, name, revision=commit, local_dir=draft, etag_timeout=TIMEOUT_SECONDS)
             shutil.rmtree(draft / ".cache", ignore_errors=True)
             _move_in(draft, target)

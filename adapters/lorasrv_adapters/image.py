@@ -43,6 +43,12 @@ class AdapterImage:
         return self.flat.nbytes + self.table.nbytes
 
 
+def module_bytes(module: NormalizedModule, dtype: torch.dtype) -> int:
+    """Return the bytes that a module takes in an image of a dtype."""
+    (_, num_elements) = _lay_out([_pieces(module, transposed_a=False)], dtype)
+    return num_elements * dtype.itemsize
+
+
 def pack_image(adapter: NormalizedAdapter, base: BaseModel, dtype: torch.dtype) -> AdapterImage:
     """Pack an adapter into one image.
 

@@ -10,6 +10,11 @@ def embedded_base() -> Path:
     return _ASSETS / "base"
 
 
+def embedded_base_name() -> str:
+    """What the embedded adapters call the embedded base."""
+    return "lorasrv/embedded"
+
+
 def embedded_adapter_root() -> Path:
     """The folder below which the embedded adapters lie."""
     return _ASSETS / "adapters"

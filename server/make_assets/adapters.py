@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from base import CONTEXT, encode, shuffled_windows, split_text
+from lorasrv.embedded import embedded_base_name
 from lorasrv_kernels.nf4 import dequantize, quantize
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -121,7 +122,7 @@ def save(model: Any, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "lorasrv/embedded"
+    config["base_model_name_or_path"] = embedded_base_name()
     config["target_modules"] = sorted(config["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 

@@ -2,14 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasrv.cli.console import print_error, print_json, print_table, say
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.settings import folder
 
 if TYPE_CHECKING:
-    from lorasrv_adapters.normalize import NormalizedAdapter
+    from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,6 +24,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--base", metavar="BASE", help="The base model: a folder or a Hub id. Default: the embedded tiny model."
     )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="Of the server's activations, which the adapter is stored in. Default: auto.",
+    )
     parser.add_argument("--json", action="store_true", help="Write JSON.")
     parser.set_defaults(run=run)
 
@@ -34,26 +40,57 @@ def run(arguments: argparse.Namespace) -> int:
     from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
 
     try:
-        adapter = _read(arguments.adapter, arguments.base)
+        report = _examine(arguments.adapter, arguments.base, arguments.dtype)
     except (AdapterIncompatibleError, AdapterCorruptError) as error:
         if arguments.json:
             print_json({"served": False, "reasons": error.reasons})
         else:
             print_error(error)
         return ExitCode.INVALID
-    _report(adapter, as_json=arguments.json)
+    _show(report, as_json=arguments.json)
     return ExitCode.OK
 
 
-def _read(adapter: Path, base: str | None) -> "NormalizedAdapter":
+def _examine(folder: Path, base: str | None, dtype_name: str) -> dict[str, Any]:
+    """What there is to say about an adapter that would be served.
+
+    Raises:
+        AdapterIncompatibleError: it would not be.
+        AdapterCorruptError: it is damaged.
+    """
     import torch
     from lorasrv_adapters.checkpoint import read_checkpoint
+    from lorasrv_adapters.image import module_bytes, pack_image
 
+    from lorasrv.engine.device import resolve_dtype
     from lorasrv.model.loader import load_model
 
     base_folder = _base_folder(base)
     say(f"reading {base_folder}")
-    return read_checkpoint(adapter, load_model(base_folder, dtype=torch.float32).base)
+    dtype = resolve_dtype(dtype_name, torch.device("cpu"))
+    served = load_model(base_folder, dtype=dtype).base
+    adapter = read_checkpoint(folder, served)
+    image = pack_image(adapter, served, dtype)
+    return {
+        "served": True,
+        "digest": adapter.digest,
+        "kind": adapter.kind,
+        "base_model": adapter.base_model,
+        "max_rank": adapter.max_rank,
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_bytes": image.num_bytes,
+        "warnings": _warnings(adapter, base, base_folder),
+        "modules": [
+            {
+                "module": name,
+                "kind": _kind(adapter, module),
+                "rank": module.rank,
+                "scale": module.scale,
+                "num_bytes": module_bytes(module, dtype),
+            }
+            for name, module in adapter.modules.items()
+        ],
+    }
 
 
 def _base_folder(base: str | None) -> Path:
@@ -63,21 +100,49 @@ def _base_folder(base: str | None) -> Path:
     return embedded_base() if base is None else model_folder(base)
 
 
-def _report(adapter: "NormalizedAdapter", *, as_json: bool) -> None:
-    modules = [
-        {
-            "module": name,
-            "kind": adapter.kind,
-            "rank": module.a.shape[0],
-            "out_features": module.b.shape[0],
-            "in_features": module.a.shape[1],
-        }
-        for name, module in adapter.modules.items()
-    ]
+def _kind(adapter: "NormalizedAdapter", module: "NormalizedModule") -> str:
+    """What the adapter does to a module, e.g. "dora + bias"."""
+    parts = [adapter.kind] if module.scale is not None else []
+    if module.bias is not None:
+        parts.append("bias")
+    if module.rows is not None:
+        parts.append("weight" if module.rows.ids is None else f"{len(module.rows.ids)} rows")
+    return " + ".join(parts)
+
+
+def _warnings(adapter: "NormalizedAdapter", base: str | None, base_folder: Path) -> list[str]:
+    """What does not keep the adapter from being served, but may be a mistake."""
+    from lorasrv.embedded import embedded_base_name
+    from lorasrv.model.config import read_json
+
+    stated = read_json(base_folder / "config.json").get("_name_or_path")
+    names = {base.partition("@")[0], base_folder.name, stated} if base else {embedded_base_name()}
+    known = {str(name).rstrip("/").rpartition("/")[2].lower() for name in names if name}
+    trained_on = adapter.base_model.rstrip("/").rpartition("/")[2].lower()
+    if not trained_on or trained_on in known:
+        return []
+    return [f"its config names the base {adapter.base_model}, which may be another than {base or embedded_base_name()}"]
+
+
+def _show(report: dict[str, Any], *, as_json: bool) -> None:
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
     if as_json:
-        names = ("digest", "kind", "base_model", "max_rank", "num_bytes")
-        print_json({"served": True} | {name: getattr(adapter, name) for name in names} | {"modules": modules})
+        print_json(report)
         return
-    columns = ("module", "kind", "rank", "out_features", "in_features")
-    print_table(columns, [tuple(str(module[column]) for column in columns) for module in modules])
-    say(f"it would be served: {len(modules)} modules, {adapter.num_bytes} bytes, digest {adapter.digest[:12]}")
+    columns = ("module", "kind", "rank", "scale", "bytes")
+    rows = [
+        (
+            module["module"],
+            module["kind"],
+            "-" if module["scale"] is None else str(module["rank"]),
+            "-" if module["scale"] is None else f"{module['scale']:.6g}",
+            str(module["num_bytes"]),
+        )
+        for module in report["modules"]
+    ]
+    print_table(columns, rows)
+    say(
+        f"it would be served: {len(rows)} modules, {report['num_bytes']} bytes in {report['dtype']}, "
+        f"digest {report['digest'][:12]}"
+    )

@@ -62,10 +62,10 @@ class ServedBase:
 
     @property
     def digest(self) -> str:
-        """sha256 over config and all weights as served, 64 hex digits. Blocks: the first use reads the whole model.
+        """sha256 over config and weights, 64 hex digits. Blocks: the first use reads the whole model.
 
-        Bytes decide for what is held in 4 bits, numbers for the rest: one base held in float32 or, exactly, in
-        bfloat16, quantized by the server or before, has one digest.
+        Bytes decide for what is held in 4 bits, numbers to bfloat16's precision for the rest: one base has one digest,
+        whatever its dtype in the file and as served, and whether the server quantized it or somebody before.
         """
         return self._digest
 
@@ -85,4 +85,5 @@ def _pieces(weight: Weight) -> Iterator[Tensor]:
     if isinstance(weight, NF4Weight):
         yield from (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
     else:
-        yield from (piece.float() for piece in weight.flatten().split(_CHUNK_ELEMENTS))
+        # numpy has no bfloat16
+        yield from (piece.bfloat16().view(torch.int16) for piece in weight.flatten().split(_CHUNK_ELEMENTS))

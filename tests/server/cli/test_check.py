@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lorasrv import embedded
+from lorasrv.model.loader import load_model
 from lorasrv_adapters.checkpoint import write_checkpoint
 from safetensors.torch import save_file
 
@@ -49,20 +50,20 @@ def adapter(tmp_path):
 
 
 def test_an_adapter_that_fits_is_shown_module_by_module(lorasrv, base, adapter):
-    end = lorasrv("check", adapter(), "--base", base)
+    end = lorasrv("check", adapter(), "--base", base, "--dtype", "bfloat16")
     assert end.code == 0
     assert [line.split() for line in end.out.splitlines()] == [
-        ["module", "kind", "rank", "out_features", "in_features"],
-        [MODULE, "lora", "4", "64", "64"],
+        ["module", "kind", "rank", "scale", "bytes"],
+        [MODULE, "lora", "4", "2", str(2 * 4 * 64 * 2)],
     ]
     assert "it would be served: 1 modules" in end.err
 
 
 def test_json_has_the_modules_and_nothing_else_is_on_stdout(lorasrv, base, adapter):
-    report = lorasrv("check", adapter(), "--base", base, "--json").json
+    report = lorasrv("check", adapter(), "--base", base, "--json", "--dtype", "bfloat16").json
     assert (report["served"], report["kind"], report["base_model"], report["max_rank"]) == (True, "lora", "tiny", 4)
     assert report["modules"] == [
-        {"module": MODULE, "kind": "lora", "rank": 4, "out_features": HIDDEN, "in_features": HIDDEN}
+        {"module": MODULE, "kind": "lora", "rank": 4, "scale": 2.0, "num_bytes": 2 * 4 * HIDDEN * 2}
     ]
     assert len(report["digest"]) == 64
 
@@ -89,3 +90,50 @@ def test_the_base_is_the_embedded_one_unless_named(lorasrv, base, adapter, tmp_p
     end = lorasrv("check", adapter())
     assert end.code == 0
     assert f"reading {tmp_path}/assets/base" in end.err
+
+
+def test_what_else_an_adapter_brings_is_shown(lorasrv, base, tmp_path):
+    tensors = {
+        f"base_model.model.{MODULE}.lora_A.weight": torch.ones(4, HIDDEN),
+        f"base_model.model.{MODULE}.lora_B.weight": torch.ones(HIDDEN, 4),
+        f"base_model.model.{MODULE}.lora_B.bias": torch.ones(HIDDEN),
+        "base_model.model.model.norm.weight": torch.ones(HIDDEN),
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(3, HIDDEN),
+    }
+    more = {"lora_bias": True, "modules_to_save": ["model.norm"], "trainable_token_indices": [5, 1, 9]}
+    write_checkpoint(tmp_path / "adapter", CONFIG | more, tensors)
+    end = lorasrv("check", tmp_path / "adapter", "--base", base, "--dtype", "float32")
+    assert end.code == 0
+    rows = 3 * HIDDEN * 4 + 32 * 4
+    lines = {line.split()[0]: line.split()[1:] for line in end.out.splitlines()[1:]}
+    assert lines == {
+        MODULE: ["lora", "+", "bias", "4", "2", str((2 * 4 + 1) * HIDDEN * 4)],
+        # tied to the embedding, whose rows it follows
+        "lm_head": ["3", "rows", "-", "-", str(rows)],
+        "model.embed_tokens": ["3", "rows", "-", "-", str(rows)],
+        "model.norm": ["weight", "-", "-", str(HIDDEN * 4)],
+    }
+
+
+def test_another_name_of_the_base_is_a_warning(lorasrv, base, adapter):
+    path = adapter(base_model_name_or_path="org/Another-Model")
+    end = lorasrv("check", path, "--base", base)
+    assert end.code == 0
+    assert "warning: its config names the base org/Another-Model" in end.err
+    assert len(lorasrv("check", path, "--base", base, "--json").json["warnings"]) == 1
+
+
+def test_the_name_of_the_base_may_be_its_folders(lorasrv, base, adapter):
+    end = lorasrv("check", adapter(base_model_name_or_path=f"org/{base.name.upper()}"), "--base", base, "--json")
+    assert end.json["warnings"] == []
+
+
+def test_the_digest_of_another_base_is_a_refusal(lorasrv, base, adapter):
+    path = adapter()
+    digest = load_model(base, dtype=torch.float32).base.digest
+    (path / "provenance.json").write_text(json.dumps({"base_digest": digest, "seed": 3}))
+    assert lorasrv("check", path, "--base", base).code == 0
+    (path / "provenance.json").write_text(json.dumps({"base_digest": "0" * 64}))
+    end = lorasrv("check", path, "--base", base)
+    assert end.code == 3
+    assert f"trained on a base with digest 000000000000; this one has {digest[:12]}" in end.err
