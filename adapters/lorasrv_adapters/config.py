@@ -27,7 +27,11 @@ DEFAULT_INIT_RANK = 12
 ADALORA_EPSILON = 1e-5
 """PEFT divides by `init_r + 1e-5`, for pruned modules too (peft/tuners/adalora/layer.py)."""
 
-_INITIALS_HINT = "the adapter is only valid on a base changed by this initialization; convert it with `lorasrv convert`"
+_BASE_CHANGED = (
+    "the adapter is only valid on a base changed by this initialization; "
+    "write it as plain LoRA with `lorasrv convert ADAPTER --initial INITIAL --out DIR`"
+)
+_BASE_REQUANTIZED = "the adapter is only valid on the base that LoftQ quantized anew, and cannot be converted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +137,7 @@ def _refuse_keys(fields: Fields, inert: Mapping[str, str]) -> None:
             fields.refuse(key, "the key is unknown")
     init = fields.raw.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in INERT_INITS)):
-        fields.refuse("init_lora_weights", _INITIALS_HINT)
+        fields.refuse("init_lora_weights", _BASE_REQUANTIZED if init == "loftq" else _BASE_CHANGED)
 
 
 def _lora_config(fields: Fields) -> AdapterConfig:

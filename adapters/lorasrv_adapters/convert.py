@@ -16,6 +16,7 @@ from lorasrv_adapters.errors import AdapterConversionError, AdapterCorruptError,
 from lorasrv_adapters.fields import MAX_JSON_BYTES, parse_json
 from lorasrv_adapters.initial_weights import changes_base, subtract_initial
 from lorasrv_adapters.pickles import find_pickle, read_pickle
+from lorasrv_adapters.provenance import read_provenance
 from lorasrv_adapters.raw import RawAdapter, find_factors
 from lorasrv_adapters.weights import DEFAULT_LIMITS, WEIGHTS_NAME, WeightLimits, open_regular, read_weights
 
@@ -81,7 +82,9 @@ def convert_checkpoint(
         raise AdapterConversionError(
             ["there is nothing to convert: the weights are in safetensors, and the method is served as it is"]
         )
-    write_checkpoint(out, adapter.config, adapter.tensors)
+    # what was trained on a changed base is now for another
+    provenance = read_provenance(source) if initial is None else {}
+    write_checkpoint(out, adapter.config, adapter.tensors, provenance=provenance)
     after = _ranks(adapter)
     return Conversion(
         steps=steps,

@@ -9,7 +9,7 @@ HONOURED = {
     "bias": "`all` and `lora_only`: trained biases stand in place of the base's",
     "ensure_weight_tying": "head and embedding adapted together, where the base ties them",
     "exclude_modules": "list or regular expression",
-    "init_lora_weights": "true, false, gaussian, orthogonal, eva; others change the base: convert the adapter",
+    "init_lora_weights": "true, false, gaussian, orthogonal, eva, mica; others change the base: `lorasrv convert`",
     "init_r": "AdaLoRA's divisor of the scale",
     "layers_pattern": "with `layers_to_transform`",
     "layers_to_transform": "with a list of targets",
@@ -46,7 +46,7 @@ INERT_ADALORA = dict.fromkeys(
 )
 """Keys that change nothing in a served AdaLoRA adapter, and why."""
 
-INERT_INITS = frozenset({"eva", "gaussian", "orthogonal"})
+INERT_INITS = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 """Values of `init_lora_weights`, beside true and false, that leave the base's weights alone."""
 
 UNSUPPORTED = {

@@ -30,7 +30,7 @@ REFUSED = {
     "some_future_key": 7,
     "zero_is_alive": 0,
 }
-INITS = ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", 3]
+INITS = ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", 3]
 INERT = {
     "lora_dropout": 0.1,
     "fan_in_fan_out": True,
@@ -77,7 +77,7 @@ def test_initializations_that_change_the_base_are_refused(init: object) -> None:
     assert "init_lora_weights" in reason
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "mica", "orthogonal"])
 def test_initializations_that_leave_the_base_alone_are_accepted(init: object) -> None:
     parse_adapter_config(LORA | {"init_lora_weights": init})
 

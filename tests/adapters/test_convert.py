@@ -100,6 +100,21 @@ def test_initial_weights_may_be_pickled_too(tmp_path: Path, lora_config: Config,
     assert read(tmp_path / "new")[0]["r"] == 8
 
 
+def test_the_record_of_the_base_goes_along_unless_the_base_is_another(
+    tmp_path: Path, lora_config: Config, lora_tensors: Tensors
+) -> None:
+    record = json.dumps({"base_digest": "3" * 64})
+    source = write(tmp_path / "adalora", ADALORA, adalora_tensors())
+    (source / "provenance.json").write_text(record)
+    convert_checkpoint(source, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "provenance.json").read_text()) == {"base_digest": "3" * 64}
+    source = write(tmp_path / "pissa", lora_config | {"init_lora_weights": "pissa"}, lora_tensors)
+    (source / "provenance.json").write_text(record)
+    initial = write(tmp_path / "initial", lora_config, lora_tensors)
+    convert_checkpoint(source, tmp_path / "plain", initial=initial)
+    assert not (tmp_path / "plain" / "provenance.json").exists()
+
+
 @pytest.mark.parametrize("init", [False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initial_weights_are_refused_where_the_base_was_left_alone(
     tmp_path: Path, lora_config: Config, lora_tensors: Tensors, init: object

@@ -102,7 +102,7 @@ def _base_folder(base: str | None) -> Path:
 
 def _kind(adapter: "NormalizedAdapter", module: "NormalizedModule") -> str:
     """What the adapter does to a module, e.g. "dora + bias"."""
-    parts = [adapter.kind] if module.scale is not None else []
+    parts: list[str] = [adapter.kind] if module.scale is not None else []
     if module.bias is not None:
         parts.append("bias")
     if module.rows is not None:
