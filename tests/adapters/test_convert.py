@@ -110,7 +110,7 @@ def test_the_record_of_the_base_goes_along_unless_the_base_is_another(
     assert json.loads((tmp_path / "lora" / "provenance.json").read_text()) == {"base_digest": "3" * 64}
     source = write(tmp_path / "pissa", lora_config | {"init_lora_weights": "pissa"}, lora_tensors)
     (source / "provenance.json").write_text(record)
-    initial = write(tmp_path / "initial", lora_config, lora_tensors)
+    initial = write(tmp_path / "initial", lora_config, {name: tensor + 1 for name, tensor in lora_tensors.items()})
     convert_checkpoint(source, tmp_path / "plain", initial=initial)
     assert not (tmp_path / "plain" / "provenance.json").exists()
 

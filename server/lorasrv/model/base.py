@@ -64,8 +64,8 @@ class ServedBase:
     def digest(self) -> str:
         """sha256 over config and weights, 64 hex digits. Blocks: the first use reads the whole model.
 
-        Bytes decide for what is held in 4 bits, numbers to bfloat16's precision for the rest: one base has one digest,
-        whatever its dtype in the file and as served, and whether the server quantized it or somebody before.
+        Bytes decide for what is held in 4 bits, numbers rounded to bfloat16 for the rest: one base has one digest,
+        served in float32 or in bfloat16, quantized by the server or by somebody before.
         """
         return self._digest
 
