@@ -16,7 +16,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test fuzz check bench proto native assets clean
+.PHONY: help demo serve test fuzz check bench readme proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -52,10 +52,14 @@ check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint proto
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python server/make_readme.py --check
 	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once their results are right
 	@for script in kernels/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+readme: $(VENV)/.runtime ## Write README's tables of what is served anew
+	$(BIN)/python server/make_readme.py
 
 proto: $(VENV)/.dev ## Generate the code of the wire contract anew
 	$(BIN)/python proto/generate.py
