@@ -137,9 +137,7 @@ class _Planner:
             if own == row_ids[self._embedding]:
                 return True
             if self._config.tie:
-                self.reasons.append(
-                    "ensure_weight_tying: trainable_token_indices gives head and embedding different ids"
-                )
+                self.reasons.append("ensure_weight_tying: trainable_token_indices has different ids for each")
         if not self._config.tie:
             return False
         names = tuple(name.rpartition(".")[2] for name in (self._embedding, self._head))

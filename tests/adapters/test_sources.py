@@ -14,6 +14,7 @@ from lorasrv_adapters.errors import (
     AdapterIncompatibleError,
     HubAccessDeniedError,
     HubUnreachableError,
+    SlotsExhaustedError,
     SourceNotAllowedError,
     SourceNotFoundError,
 )
@@ -75,6 +76,19 @@ def test_missing_folders_and_files_are_not_found(root: Path) -> None:
 def test_the_hub_is_off_unless_given(root: Path) -> None:
     with pytest.raises(SourceNotAllowedError, match="Hub"):
         resolve("hf:org/name@main", roots=[root], hub=None)
+
+
+def test_an_adapter_that_can_never_fit_is_refused_when_it_is_loaded(
+    tmp_path: Path, base, lora_config, lora_tensors
+) -> None:
+    whole = {"base_model.model.lm_head.weight": torch.ones(50, 16)}
+    write_checkpoint(tmp_path / "a", lora_config | {"modules_to_save": ["lm_head"]}, lora_tensors | whole)
+    fits = CheckpointLoader(base=base, dtype=torch.bfloat16, max_rank=4, max_bytes=4096, roots=[tmp_path]).load("a")
+    num_bytes = fits.image.flat.nbytes
+    assert num_bytes > 50 * 16 * 2
+    loader = CheckpointLoader(base=base, dtype=torch.bfloat16, max_rank=4, max_bytes=num_bytes - 1, roots=[tmp_path])
+    with pytest.raises(SlotsExhaustedError, match=f"{num_bytes} bytes on the device; there are {num_bytes - 1}"):
+        loader.load("a")
 
 
 def test_the_loader_brings_an_image(tmp_path: Path, base, lora_config, lora_tensors) -> None:

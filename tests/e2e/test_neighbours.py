@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from lorasrv.engine.request import Request, SamplingParams
+from peft_options import OPTIONS, save_option
 from recorded_engine import Run, Served, run_engine
-from tiny_peft import save_adapter, save_base
+from tiny_peft import new_base, save_adapter, save_base
 
 NUM_REQUESTS = 32
 
@@ -80,3 +81,30 @@ def test_neighbours_change_no_bit_under_a_window(tmp_path: Path) -> None:
     assert any(chunks > 1 for chunks in mixed.runner.num_chunks.values())
     assert mixed.runner.max_adapters == 2
     assert mixed.num_preemptions > 0
+
+
+BESIDE_LOW_RANK = {
+    "saved-all-bias": "lora",
+    "head-embedding": "dora",
+    "tokens-named": "rslora",
+    "saved-norms": "adalora",
+    "lora-bias-all": "lora",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_neighbours_change_no_bit_whatever_they_replace(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Biases, heads, embeddings, norms and single rows of others, in the same steps as one's own and as none."""
+    biased = {"attention_bias": True, "mlp_bias": True}
+    (tmp_path / "base").mkdir()
+    base_folder = save_base(tmp_path / "base", "llama", **biased)
+    for name, kind in BESIDE_LOW_RANK.items():
+        save_option(new_base("llama", **biased), tmp_path / name, kind=kind, option=OPTIONS[name])
+    served = Served.load(base_folder, {name: tmp_path / name for name in BESIDE_LOW_RANK}, dtype)
+    adapter_ids = ["", *BESIDE_LOW_RANK]
+    requests = make_requests(served, adapter_ids, num_requests=18)
+    mixed = run_engine(served, requests, arrival_seed=3, num_blocks=14, max_batched_tokens=48)
+    for request in make_requests(served, adapter_ids, num_requests=18):
+        assert_same_bits(mixed, run_engine(served, [request]), request)
+    assert any(chunks > 1 for chunks in mixed.runner.num_chunks.values())
+    assert mixed.runner.max_adapters >= 4
