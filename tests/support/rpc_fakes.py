@@ -215,20 +215,11 @@ class FakeObserver:
     """Remembers what it is told."""
 
     calls: list[tuple[str, str, str]] = field(default_factory=list)
-    loads: list[str] = field(default_factory=list)
-    unloaded: list[str] = field(default_factory=list)
     a_call_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     def call_finished(self, *, method: str, code: str, finish_reason: str = "") -> None:
         self.calls.append((method, code, finish_reason))
         self.a_call_finished.set()
-
-    def adapter_load_finished(self, *, result: str, duration_seconds: float) -> None:
-        assert duration_seconds >= 0
-        self.loads.append(result)
-
-    def adapter_unloaded(self, adapter_id: str) -> None:
-        self.unloaded.append(adapter_id)
 
 
 @dataclass(kw_only=True)

@@ -111,9 +111,6 @@ class ServerMetrics(Collector):
         """
         self._families.requests.labels(method, code, finish_reason).inc()
 
-    def adapter_load_finished(self, *, result: str, duration_seconds: float) -> None:
-        """Ignored: the registry tells of loads, of those at start, too."""
-
     def adapter_loaded(self, record: object, seconds: float) -> None:  # noqa: ARG002
         """Counts a load that ended well after this time."""
         self._families.adapter_loads.labels("ok", "").inc()

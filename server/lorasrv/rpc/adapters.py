@@ -4,7 +4,6 @@ What may block runs in an executor, and goes on there when the caller is gone. K
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -15,7 +14,7 @@ from lorasrv_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from lorasrv.errors import DrainingError
 from lorasrv.rpc.convert import adapters as convert
 from lorasrv.rpc.edge import Context, served
-from lorasrv.rpc.ports import AdapterRecord, CallObserver, RegistryPort
+from lorasrv.rpc.ports import CallObserver, RegistryPort
 from lorasrv.rpc.shield import outlived_by
 
 T = TypeVar("T")
@@ -27,9 +26,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     Args:
         registry: knows the adapters.
         executor: where the registry is called.
-        observer: told how calls and loads end.
+        observer: told how calls end.
         is_draining: whether the server is shutting down, so that nothing new is loaded.
-        clock: monotonic seconds.
     """
 
     def __init__(
@@ -39,13 +37,11 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         executor: Executor,
         observer: CallObserver,
         is_draining: Callable[[], bool],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._executor = executor
         self._observer = observer
         self._is_draining = is_draining
-        self._clock = clock
 
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
@@ -55,7 +51,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             call = convert.load_call(request)
             if self._is_draining():
                 raise DrainingError
-            record = await self._in_executor(partial(self._load, call))
+            record = await self._in_executor(
+                partial(
+                    self._registry.load,
+                    call.adapter_id,
+                    call.source,
+                    replace=call.replace,
+                    expected_digest=call.expected_digest,
+                )
+            )
             return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(record))
 
     async def UnloadAdapter(
@@ -65,7 +69,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         async with served("UnloadAdapter", context, observer=self._observer):
             if_idle = convert.unload_if_idle(request)
             record = await self._in_executor(partial(self._registry.unload, request.adapter_id, if_idle=if_idle))
-            self._observer.adapter_unloaded(record.adapter_id)
             return adapters_pb2.UnloadAdapterResponse(adapter=convert.withdrawn_adapter(record))
 
     async def GetAdapter(
@@ -82,19 +85,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """Reports adapters, a page at a time."""
         async with served("ListAdapters", context, observer=self._observer):
             return convert.page(request, await self._in_executor(self._registry.list))
-
-    def _load(self, call: convert.LoadCall) -> AdapterRecord:
-        """Loads in the executor's thread, so that a load whose caller is gone is counted, too."""
-        began_seconds = self._clock()
-        result = "error"
-        try:
-            record = self._registry.load(
-                call.adapter_id, call.source, replace=call.replace, expected_digest=call.expected_digest
-            )
-            result = "ok"
-            return record
-        finally:
-            self._observer.adapter_load_finished(result=result, duration_seconds=self._clock() - began_seconds)
 
     async def _in_executor(self, function: Callable[[], T]) -> T:
         # what waits for a thread is done even if its caller leaves

@@ -100,9 +100,3 @@ class CallObserver(Protocol):
 
     def call_finished(self, *, method: str, code: str, finish_reason: str = "") -> None:
         """A call was answered with this status code; `finish_reason` where a generation ended well."""
-
-    def adapter_load_finished(self, *, result: str, duration_seconds: float) -> None:
-        """A load ended; `result` is "ok" or "error"."""
-
-    def adapter_unloaded(self, adapter_id: str) -> None:
-        """An adapter is no longer served."""
