@@ -26,7 +26,7 @@ from lorasrv_adapters.raw import (
     require_finite,
 )
 
-_READ = frozenset({"init_r", "lora_alpha", "rank_pattern"})
+_READ = frozenset({"init_r", "lora_alpha", "rank_pattern"}) | INERT_ADALORA.keys()
 # AdaLoRA has a rank and an initialization of its own, whatever these say
 _REPLACED = frozenset(INERT_ADALORA) | {"init_lora_weights"}
 _WRITTEN = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern"})

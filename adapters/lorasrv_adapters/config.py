@@ -11,7 +11,16 @@ from typing import Any, Literal, TypedDict
 
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
 from lorasrv_adapters.fields import Fields, is_live, parse_json
-from lorasrv_adapters.keys import HONOURED, INERT, INERT_ADALORA, INERT_INITS, NOT_OF_ADALORA, UNSUPPORTED
+from lorasrv_adapters.inert import check_adalora_schedule, check_inert_values
+from lorasrv_adapters.keys import (
+    HONOURED,
+    INERT,
+    INERT_ADALORA,
+    INERT_INITS,
+    NOT_OF_ADALORA,
+    OFF_WHEN_EMPTY,
+    UNSUPPORTED,
+)
 from lorasrv_adapters.patterns import PatternError, PatternTable, Targets
 
 Kind = Literal["lora", "rslora", "dora", "adalora"]
@@ -53,6 +62,8 @@ class AdapterConfig:
         token_ids: `trainable_token_indices`: by the ending of a module's name, which rows of its weight the adapter
             brings; an empty ending stands for the token embedding.
         tie: Adapt a tied head together with the embedding.
+        init: The initialization if it is one that PEFT, which runs it before it reads the tensors, has only for some
+            ranks: "orthogonal" or "mica".
     """
 
     kind: Kind
@@ -68,6 +79,7 @@ class AdapterConfig:
     lora_bias: bool = False
     token_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()
     tie: bool = False
+    init: str = ""
 
     def scale(self, rank: int, alpha: float) -> float:
         """Return the factor on B A for a module of this configured rank and alpha."""
@@ -129,12 +141,14 @@ def examine_adapter_config(source: bytes | Mapping[str, object]) -> tuple[Adapte
 
 def _refuse_keys(fields: Fields, inert: Mapping[str, str]) -> None:
     for key, value in fields.raw.items():
-        if not is_live(value) or key in HONOURED or key in inert:
+        if value is None or key in HONOURED or key in inert:
             continue
         if key in UNSUPPORTED:
-            fields.refuse(key, f"not supported: {UNSUPPORTED[key]}")
-        else:
+            if is_live(value) or value == "" or key not in OFF_WHEN_EMPTY:
+                fields.refuse(key, f"not supported: {UNSUPPORTED[key]}")
+        elif is_live(value):
             fields.refuse(key, "the key is unknown")
+    check_inert_values(fields)
     init = fields.raw.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in INERT_INITS)):
         fields.refuse("init_lora_weights", _BASE_REQUANTIZED if init == "loftq" else _BASE_CHANGED)
@@ -144,10 +158,16 @@ def _lora_config(fields: Fields) -> AdapterConfig:
     use_dora, use_rslora, lora_bias = (fields.flag(key) for key in ("use_dora", "use_rslora", "lora_bias"))
     if lora_bias and use_dora:
         fields.refuse("lora_bias", "DoRA does not have it")
-    if lora_bias and isinstance(fields.raw.get("init_lora_weights"), str):
+    init = fields.raw.get("init_lora_weights", True)
+    if lora_bias and not isinstance(init, bool):
         fields.refuse("lora_bias", "PEFT has it only with init_lora_weights true or false")
+    if use_dora and init == "mica":
+        fields.refuse("init_lora_weights", "DoRA does not have it")
     if is_live(fields.raw.get("init_r")):
         fields.refuse("init_r", "the key belongs to AdaLoRA")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if fields.raw.get(key, {}) is None:
+            fields.refuse(key, "must be an object")
     rank_pattern = fields.integer_table("rank_pattern", low=1, high=MAX_RANK)
     alpha_pattern = fields.number_table("alpha_pattern")
     _check_patterns(fields, "rank_pattern", rank_pattern)
@@ -167,6 +187,7 @@ def _lora_config(fields: Fields) -> AdapterConfig:
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         lora_bias=lora_bias,
+        init=init if init in ("orthogonal", "mica") else "",
         **_beside_low_rank(fields),
     )
 
@@ -179,6 +200,7 @@ def _adalora_config(fields: Fields) -> AdapterConfig:
     alpha = fields.number("lora_alpha", default=DEFAULT_ALPHA)
     if alpha <= 0:
         fields.refuse("lora_alpha", "AdaLoRA needs a positive value")
+    check_adalora_schedule(fields)
     masks = {name.removesuffix(".default"): mask for name, mask in fields.mask_table("rank_pattern", rank)}
     if any(not name.endswith(".lora_E") for name in masks):
         fields.refuse("rank_pattern", "every AdaLoRA key must be a module name and .lora_E")
@@ -231,7 +253,7 @@ def _token_ids(fields: Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
     if isinstance(fields.raw.get(key), Mapping):
         tables = fields.integers_table(key)
     else:
-        tables = (("", fields.integers(key)),) if is_live(fields.raw.get(key)) else ()
+        tables = (("", fields.integers(key)),) if fields.raw.get(key) is not None else ()
     for name, ids in tables:
         if not ids or len(set(ids)) != len(ids):
             fields.refuse(key, f"{name or 'the list'} needs ids, each of them once")

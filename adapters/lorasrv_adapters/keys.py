@@ -64,7 +64,10 @@ UNSUPPORTED = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
-"""Keys that change an adapter's result and are refused when they have a live value."""
+"""Keys that change an adapter's result and are refused unless they are null."""
+
+OFF_WHEN_EMPTY = frozenset({"layer_replication", "loftq_config", "megatron_config", "target_parameters", "use_qalora"})
+"""Keys among them that false and empty switch off, too; an empty object is enough to have PEFT make a KaSA."""
 
 NOT_OF_ADALORA = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
 """Keys that PEFT's AdaLoRA refuses or ignores; live values are refused."""

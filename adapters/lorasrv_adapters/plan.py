@@ -75,6 +75,7 @@ class _Planner:
                 bias=module.bias is not None and self._brings_bias(name, targeted),
                 follows=self._embedding if tied and name == self._head else "",
             )
+            self._check_rank(name, plan)
             if plan.targeted or plan.replaced or plan.row_ids or plan.bias:
                 plans[name] = plan
         return plans
@@ -148,6 +149,13 @@ class _Planner:
         elif not row_ids:
             self.reasons.append("ensure_weight_tying: neither the output head nor the embedding is adapted")
         return True
+
+    def _check_rank(self, name: str, plan: ModulePlan) -> None:
+        init, rank = self._config.init, plan.rank or 0
+        if init == "orthogonal" and plan.base.kind != "embedding" and rank % 2:
+            self.reasons.append(f"{name}: init_lora_weights=orthogonal has even ranks only, not {rank}")
+        if init == "mica" and rank > min(plan.base.weight_shape):
+            self.reasons.append(f"{name}: init_lora_weights=mica has ranks up to {min(plan.base.weight_shape)}")
 
     def _check_patterns(self, targeted: Iterable[str]) -> None:
         for key, table in (("rank_pattern", self._config.rank_pattern), ("alpha_pattern", self._config.alpha_pattern)):

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorasrv_adapters.config import AdapterConfig, parse_adapter_config
 from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
-from lorasrv_adapters.keys import UNSUPPORTED
+from lorasrv_adapters.keys import OFF_WHEN_EMPTY, UNSUPPORTED
 
 LORA = {"peft_type": "LORA", "target_modules": ["q_proj"]}
-ADALORA = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "init_r": 2}
+ADALORA = {"peft_type": "ADALORA", "target_modules": ["q_proj"], "init_r": 2, "total_step": 10}
 
 REFUSED = {
     "layer_replication": [[0, 2]],
@@ -87,8 +87,47 @@ def test_inert_keys_change_nothing() -> None:
 
 
 def test_off_switches_of_unsupported_features_change_nothing() -> None:
-    off: dict[str, object] = {key: [None, False, {}, []][index % 4] for index, key in enumerate(UNSUPPORTED)}
+    empty = dict(zip(sorted(OFF_WHEN_EMPTY), [False, {}, [], {}, False], strict=True))
+    off: dict[str, object] = dict.fromkeys(UNSUPPORTED) | empty
     assert parse_adapter_config(LORA | off) == parse_adapter_config(LORA)
+
+
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED.keys() - OFF_WHEN_EMPTY))
+@pytest.mark.parametrize("value", [False, {}, [], ""])
+def test_features_that_an_empty_value_switches_on_in_peft_are_refused(key: str, value: object) -> None:
+    (reason,) = reasons(LORA | {key: value})
+    assert key in reason
+
+
+PEFT_REFUSES = [
+    {"task_type": "OTHER"},
+    {"lora_dropout": 1.5},
+    {"lora_dropout": None},
+    {"eva_config": []},
+    {"rank_pattern": None},
+    {"alpha_pattern": None},
+    {"trainable_token_indices": []},
+    {"init_lora_weights": "mica", "use_dora": True},
+    {"lora_bias": True, "init_lora_weights": None},
+]
+SCHEDULES = [
+    {"total_step": None},
+    {"total_step": 0},
+    {"total_step": 10, "tinit": 4, "tfinal": 6},
+    {"tinit": "1"},
+    {"tfinal": None},
+    {"orth_reg_weight": -1},
+]
+
+
+@pytest.mark.parametrize(
+    ("start", "change"), [*((LORA, change) for change in PEFT_REFUSES), *((ADALORA, change) for change in SCHEDULES)]
+)
+def test_inert_values_with_which_peft_loads_nothing_are_refused(
+    start: dict[str, object], change: dict[str, object]
+) -> None:
+    (reason,) = reasons(start | change)
+    assert next(iter(change)) in reason
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"init_lora_weights": "gaussian"}])
@@ -107,7 +146,7 @@ def test_trained_rows_of_the_embedding_need_no_name() -> None:
 def test_peft_defaults_hold() -> None:
     config = parse_adapter_config(LORA)
     assert (config.kind, config.rank, config.alpha) == ("lora", 8, 8.0)
-    config = parse_adapter_config({"peft_type": "ADALORA", "target_modules": ["q_proj"]})
+    config = parse_adapter_config({"peft_type": "ADALORA", "target_modules": ["q_proj"], "total_step": 10})
     assert (config.kind, config.rank, config.alpha) == ("adalora", 12, 8.0)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Config = dict[str, object]
 
-ADALORA: Config = {"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 2, "target_modules": ["q_proj"], "target_r": 2}
+ADALORA: Config = {"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 2, "target_modules": ["q_proj"], "total_step": 10}
 MODULE = "model.layers.0.self_attn.q_proj"
 
 

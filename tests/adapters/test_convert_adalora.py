@@ -124,7 +124,13 @@ def adapter(**config: object) -> RawAdapter:
     for module in (Q, V):
         for role, shape in (("A", (3, 6)), ("B", (4, 3)), ("E", (3, 1))):
             tensors[f"base_model.model.{module}.lora_{role}"] = torch.randn(shape, generator=generator)
-    required = {"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+    required = {
+        "peft_type": "ADALORA",
+        "init_r": 3,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "v_proj"],
+        "total_step": 10,
+    }
     return RawAdapter(config=required | config, tensors=tensors)
 
 

@@ -8,7 +8,7 @@ from lorasrv_adapters.plan import make_plan
 Q, V, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 LORA = {"peft_type": "LORA", "target_modules": ["layers.0.self_attn.q_proj"], "r": 4}
-ADALORA = {"peft_type": "ADALORA", "target_modules": ["layers.0.self_attn.q_proj"]}
+ADALORA = {"peft_type": "ADALORA", "total_step": 10, "target_modules": ["layers.0.self_attn.q_proj"]}
 
 REFUSED = {
     "target_modules matches model.norm, which": {"target_modules": [Q, "norm"]},
@@ -33,6 +33,8 @@ REFUSED = {
         "trainable_token_indices": [1],
         "target_modules": [Q, "embed_tokens"],
     },
+    "init_lora_weights=orthogonal has even ranks only, not 3": {"init_lora_weights": "orthogonal", "r": 3},
+    "init_lora_weights=mica has ranks up to": {"init_lora_weights": "mica", "r": 40},
     "does not tie its output head": {"ensure_weight_tying": True, "modules_to_save": ["lm_head"]},
 }
 REFUSED_TIED = {

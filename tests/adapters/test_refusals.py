@@ -160,7 +160,7 @@ def test_scaled_values_beyond_float32_are_refused(base: object, lora_config: Con
 
 
 def test_adalora_masks_and_shapes_are_checked(base: object) -> None:
-    config: Config = {"peft_type": "ADALORA", "init_r": 2, "target_modules": [Q]}
+    config: Config = {"peft_type": "ADALORA", "init_r": 2, "total_step": 10, "target_modules": [Q]}
     tensors = {
         f"base_model.model.{Q}.lora_A": torch.ones(2, 16),
         f"base_model.model.{Q}.lora_B": torch.ones(24, 2),
