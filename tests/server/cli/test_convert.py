@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]
 SURVIVORS = {MODULES[0]: [1.0, 0.0, 2.0], MODULES[1]: [0.0, 0.0, 0.0], MODULES[2]: [0.0, -3.0, 0.0]}
-ADALORA = {"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 2, "target_modules": ["q_proj"]}
+ADALORA = {"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 2, "target_modules": ["q_proj"], "total_step": 9}
 LORA = {"peft_type": "LORA", "r": 3, "lora_alpha": 2, "target_modules": ["q_proj"]}
 
 
