@@ -238,4 +238,4 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, (*arguments, *tables, batch.base_rows, bias))
     arena = Arena(VOCAB, [96], torch.float32, transposed_a=True)
     embedding = (torch.zeros(3, 96), torch.tensor([1, 0, 39]), arena.data, arena.table[:, 0])
-    torch.library.opcheck(torch.ops.lorasrv.lora_embed_.default, (*embedding, *tables))
+    torch.library.opcheck(torch.ops.lorasrv.lora_embed_.default, (*embedding, *tables, batch.base_rows))

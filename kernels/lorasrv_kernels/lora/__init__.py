@@ -20,6 +20,7 @@ def lora_apply_(
     out_features: Sequence[int],
     slots: SlotBatch,
     bias: Tensor | None = None,
+    max_rank: int = 0,
 ) -> None:
     """In place, per token row and slice: y <- d * y + weight * B (A x) + bias.
 
@@ -34,6 +35,8 @@ def lora_apply_(
         out_features: the G widths of the slices of y, in order.
         slots: which rows use which slot.
         bias: [O], same dtype as y, the bias of the base; None where it has none.
+        max_rank: no slot of these rows has a higher rank; it sizes scratch memory on CUDA, where rows of a higher rank
+            become NaN. 0: not known, and then CUDA looks for it in the table, which waits for the device.
 
     A row may name several slots only if none of them has a `d` or a bias and the base has no bias either.
 
@@ -52,6 +55,7 @@ def lora_apply_(
         slots.tile_starts,
         slots.base_rows,
         bias,
+        max_rank,
     )
 
 
@@ -72,5 +76,5 @@ def lora_embed_(y: Tensor, tokens: Tensor, arena: Tensor, table: Tensor, *, slot
         KernelError: shapes or dtypes break this contract.
     """
     torch.ops.lorasrv.lora_embed_(
-        y, tokens, arena, table, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts
+        y, tokens, arena, table, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts, slots.base_rows
     )

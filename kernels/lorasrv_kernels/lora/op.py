@@ -12,11 +12,12 @@ from lorasrv_kernels.table import Column
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define(
     "lora_apply_(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, int[] out_features, "
-    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows, Tensor? bias) -> ()"
+    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows, Tensor? bias, "
+    "int max_rank=0) -> ()"
 )
 _library.define(
     "lora_embed_(Tensor(a!) y, Tensor tokens, Tensor arena, Tensor table, "
-    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts) -> ()"
+    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows) -> ()"
 )
 
 
@@ -32,6 +33,7 @@ def check_apply(
     tile_starts: Tensor,
     base_rows: Tensor,
     bias: Tensor | None,
+    max_rank: int = 0,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_apply_`."""
     tokens, width = x.shape[0], sum(out_features)
@@ -43,12 +45,12 @@ def check_apply(
             table.ndim == 3 and table.shape[1] == len(out_features),
             f"table must be [S, {len(out_features)}, {len(Column)}], got {list(table.shape)}",
         ),
-        (base_rows.ndim == 1 and base_rows.dtype == torch.int64, "base_rows must be int64 [T']"),
         (
             bias is None or (bias.shape == (width,) and bias.dtype == y.dtype),
             f"bias must be {y.dtype} [{width}], got {None if bias is None else (bias.dtype, list(bias.shape))}",
         ),
-        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts),
+        (max_rank >= 0, f"max_rank must not be negative, got {max_rank}"),
+        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows),
     ]
     _raise_if_wrong("lora_apply_", expected)
 
@@ -62,13 +64,14 @@ def check_embed(
     weights: Tensor,
     tile_slots: Tensor,
     tile_starts: Tensor,
+    base_rows: Tensor,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_embed_`."""
     expected = [
         (tokens.ndim == 1 and tokens.dtype == torch.int64, f"tokens must be int64 [T], got {list(tokens.shape)}"),
         (y.ndim == 2 and y.shape[0] == tokens.shape[0], f"y must be [{tokens.shape[0]}, O], got {list(y.shape)}"),
         (table.ndim == 2, f"table must be [S, {len(Column)}], got {list(table.shape)}"),
-        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts),
+        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows),
     ]
     _raise_if_wrong("lora_embed_", expected)
 
@@ -81,6 +84,7 @@ def _expected_slots(
     weights: Tensor,
     tile_slots: Tensor,
     tile_starts: Tensor,
+    base_rows: Tensor,
 ) -> list[tuple[bool, str]]:
     return [
         (arena.ndim == 1 and arena.dtype == dtype, f"arena must be 1-D {dtype}, got {arena.ndim}-D {arena.dtype}"),
@@ -90,6 +94,7 @@ def _expected_slots(
         ),
         (rows.shape == weights.shape and rows.dtype == torch.int64, "rows int64 [E] and weights [E] must agree"),
         (len(tile_starts) == len(tile_slots) + 1, "tile_starts must be [K + 1] for tile_slots [K]"),
+        (base_rows.ndim == 1 and base_rows.dtype == torch.int64, "base_rows must be int64 [T']"),
     ]
 
 
@@ -111,8 +116,9 @@ def _apply(
     tile_starts: Tensor,
     base_rows: Tensor,
     bias: Tensor | None,
+    max_rank: int = 0,
 ) -> None:
-    check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
+    check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
     reference.lora_apply_(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
 
 
@@ -125,8 +131,9 @@ def _embed(
     weights: Tensor,
     tile_slots: Tensor,
     tile_starts: Tensor,
+    base_rows: Tensor,
 ) -> None:
-    check_embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts)
+    check_embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
     reference.lora_embed_(y, tokens, arena, table, rows, weights, tile_slots, tile_starts)
 
 

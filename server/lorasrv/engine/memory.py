@@ -56,6 +56,7 @@ class DeviceMemory:
         )
         self.arena = torch.empty(self.layout.num_elements, dtype=dtype, device=device)
         self.kv_cache = self.arena[: self.layout.kv_elements].view(self.layout.num_blocks, *block_shape)
+        self._max_rank = max_rank
         self.slots = AdapterSlots(
             self.arena, self.layout, num_modules=len(table_order(base)), max_adapters=max_adapters, observer=observer
         )
@@ -77,6 +78,7 @@ class DeviceMemory:
             arena=self.arena,
             table=self.slots.table,
             touched=self.slots.touched(slots),
+            max_rank=self._max_rank,
         )
 
     def acquire(self, lease: Lease) -> int | None:

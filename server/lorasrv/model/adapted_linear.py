@@ -50,7 +50,14 @@ class AdaptedLinear:
         if adapters.touches(self._modules):
             table = adapters.table[:, self._modules.start : self._modules.stop]
             lora_apply_(
-                y, x, adapters.arena, table, out_features=self.out_features, slots=adapters.slots, bias=self._bias
+                y,
+                x,
+                adapters.arena,
+                table,
+                out_features=self.out_features,
+                slots=adapters.slots,
+                bias=self._bias,
+                max_rank=adapters.max_rank,
             )
         elif self._bias is not None:
             y += self._bias

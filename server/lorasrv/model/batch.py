@@ -19,6 +19,8 @@ class AdapterBatch:
     """Per slot and module of the model's order: columns as in `lorasrv_kernels.table`."""
     touched: Collection[int]
     """The modules, as places in the model's order, that any of these adapters changes."""
+    max_rank: int = 0
+    """No adapter in the table has a higher rank; 0: not known."""
 
     def touches(self, modules: Iterable[int]) -> bool:
         """Whether any of these adapters changes one of these modules."""

@@ -43,6 +43,13 @@ class OutputHead:
             return dense_linear(hidden, self.weight).float()
         table, slots = adapters.table[:, self._module], adapters.slots
         logits = replaced_linear(hidden, self.weight, adapters.arena, table, slots=slots)
-        width = (self.weight.shape[0],)
-        lora_apply_(logits, hidden, adapters.arena, table[:, None], out_features=width, slots=slots)
+        lora_apply_(
+            logits,
+            hidden,
+            adapters.arena,
+            table[:, None],
+            out_features=(self.weight.shape[0],),
+            slots=slots,
+            max_rank=adapters.max_rank,
+        )
         return logits.float()

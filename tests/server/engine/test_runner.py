@@ -52,3 +52,17 @@ def test_the_largest_adapter_always_fits(folder: Path) -> None:
     assert memory.layout.num_blocks == 1
     assert memory.layout.reserve(image_elements(model.base, rank=9, dtype=torch.bfloat16)) is not None
     assert memory.layout.reserve(1) is None
+
+
+def test_kernels_are_told_the_highest_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr("lorasrv.model.adapted_linear.lora_apply_", lambda *_, max_rank, **__: told.append(max_rank))
+    served = Served.load(folder / "base", {"dora": folder / "dora"}, torch.float32)
+    request = Request(
+        request_id="0",
+        prompt_token_ids=(1, 2),
+        sampling=SamplingParams(max_new_tokens=1),
+        lease=served.lease("dora"),
+    )
+    run_engine(served, [request], max_num_seqs=1, max_batched_tokens=20, max_rank=11)
+    assert set(told) == {11}
