@@ -26,12 +26,10 @@ class ModuleTensors:
     Attributes:
         plan: What the config says of the module.
         tensors: By role. The rows of a head that follows the embedding are the embedding's.
-        mask: AdaLoRA: which rows survive, where the file still has all init_r of them.
     """
 
     plan: ModulePlan
     tensors: Mapping[Role, Tensor]
-    mask: tuple[bool, ...] | None = None
 
     @property
     def a(self) -> Tensor:
@@ -44,11 +42,8 @@ class ModuleTensors:
         return self.tensors["embedding_b" if self.plan.base.kind == "embedding" else "b"]
 
     def surviving_rows(self) -> Tensor:
-        """Return the indices of AdaLoRA's rows that are neither masked out nor multiplied by zero."""
-        keep = self.tensors["e"].reshape(-1) != 0
-        if self.mask is not None:
-            keep &= torch.tensor(self.mask)
-        return keep.nonzero().reshape(-1)
+        """Return the indices of AdaLoRA's rows that are not multiplied by zero."""
+        return self.tensors["e"].reshape(-1).nonzero().reshape(-1)
 
 
 def group_tensors(
@@ -86,9 +81,7 @@ def group_tensors(
             wrong = _check_repeated(name, plan, found, roles.get(plan.follows, {}), base)
         reasons += wrong
         if name in plans and not wrong:
-            groups[name] = ModuleTensors(
-                plan=plan, tensors=_with_followed(plan, found, roles), mask=_mask(config, name, found)
-            )
+            groups[name] = ModuleTensors(plan=plan, tensors=_with_followed(plan, found, roles))
     return groups, reasons
 
 
@@ -113,9 +106,9 @@ def _check_module(config: AdapterConfig, name: str, plan: ModulePlan, found: Map
     wrong = [f"{name}: {ROLE_NAMES[role]} is missing" for role in sorted(shapes.keys() - found.keys())]
     extra = found.keys() - shapes.keys() - optional
     wrong += [f"{name}: {ROLE_NAMES[role]} is there, but the config does not have it" for role in sorted(extra)]
-    accepted = _accepted_ranks(config, name, rank)
-    if plan.targeted and a is not None and rows not in accepted:
-        wrong.append(f"{name}: lora_A has rank {rows}; the config says {' or '.join(map(str, accepted))}")
+    stored = _stored_rank(config, name, rank)
+    if plan.targeted and a is not None and rows != stored:
+        wrong.append(f"{name}: lora_A has rank {rows}; the config says {stored}")
     wrong += [
         f"{name}: {ROLE_NAMES[role]} has shape {list(found[role].shape)}; the base needs {list(shape)}"
         for role, shape in shapes.items()
@@ -136,7 +129,7 @@ def _check_repeated(
     pairs = []
     if plan.follows and plan.replaced:
         pairs = [("weight", found["weight"], followed.get("weight"))]
-    elif plan.follows and "embedding_a" in followed:
+    elif plan.follows and plan.targeted and "embedding_a" in followed:
         pairs = [
             ("lora_A", found["a"].T, followed.get("embedding_b")),
             ("lora_B", found["b"].T, followed["embedding_a"]),
@@ -163,15 +156,10 @@ def _is_base_weight(tensor: Tensor, name: str, plan: ModulePlan, base: BaseModel
     )
 
 
-def _accepted_ranks(config: AdapterConfig, name: str, rank: int) -> tuple[int, ...]:
-    # AdaLoRA writes pruned tensors compacted; before pruning is final they still have all rows
+def _stored_rank(config: AdapterConfig, name: str, rank: int) -> int:
+    # AdaLoRA writes only the rows that its mask keeps; PEFT does not load others
     mask = config.masks.get(name)
-    return (rank,) if mask is None else tuple({sum(mask), rank})
-
-
-def _mask(config: AdapterConfig, name: str, found: Mapping[Role, Tensor]) -> tuple[bool, ...] | None:
-    mask = config.masks.get(name)
-    return mask if mask is not None and found["a"].shape[0] == len(mask) else None
+    return rank if mask is None else sum(mask)
 
 
 def _listed(found: Mapping[Role, Tensor]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lorasrv_adapters.checkpoint import read_checkpoint, write_checkpoint
+from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.normalize import NormalizedModule
 from plain_base import base_of
 from safetensors.torch import load_file, save_file
@@ -195,17 +196,15 @@ def test_adalora_drops_what_was_pruned(tmp_path: Path) -> None:
     assert adapter.max_rank == 5
 
 
-def test_adalora_masks_apply_to_tensors_that_were_not_compacted(tmp_path: Path) -> None:
+def test_adalora_masks_over_tensors_that_were_not_compacted_are_refused_as_in_peft(tmp_path: Path) -> None:
     save_adalora(tmp_path / "full", masks=None)
     save_adalora(tmp_path / "pruned", masks=MASKS)
     pruned_config = (tmp_path / "pruned" / "adapter_config.json").read_text()
     (tmp_path / "full" / "adapter_config.json").write_text(pruned_config)
-    base = base_of(new_llama())
-    full, pruned = (read_checkpoint(tmp_path / name, base) for name in ("full", "pruned"))
-    assert full.ranks == pruned.ranks
-    for name, module in pruned.modules.items():
-        torch.testing.assert_close(full.modules[name].a, module.a)
-        torch.testing.assert_close(full.modules[name].b, module.b)
+    with pytest.raises(AdapterIncompatibleError, match=r"q_proj: lora_A has rank 5; the config says 3"):
+        read_checkpoint(tmp_path / "full", base_of(new_llama()))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(new_llama(), tmp_path / "full")
 
 
 @pytest.fixture(scope="module")

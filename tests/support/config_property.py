@@ -16,7 +16,13 @@ _CONFIGS: list[dict[str, object]] = [
     {"peft_type": "LORA", "target_modules": "all-linear", "exclude_modules": ["lm_head"], "init_lora_weights": "pissa"},
     {"peft_type": "LORA", "target_modules": ["q"], "layers_to_transform": [0, 1], "layers_pattern": "layers|h"},
     {"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": {"q": 2, "(": 3}, "alpha_pattern": {"q": 1e3}},
-    {"peft_type": "ADALORA", "target_modules": ["q"], "init_r": 2, "rank_pattern": {"q.lora_E": [True, False]}},
+    {
+        "peft_type": "ADALORA",
+        "target_modules": ["q"],
+        "init_r": 2,
+        "total_step": 9,
+        "rank_pattern": {"q.lora_E": [True, False]},
+    },
     {"peft_type": "IA3", "auto_mapping": {"parent_library": "os"}, "unknown": [{"deep": [[]]}], "zero": 0},
     {"peft_type": "LORA", "target_modules": ["q"], "modules_to_save": ["lm_head"], "trainable_token_indices": [1]},
 ]
