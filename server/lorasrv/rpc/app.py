@@ -4,6 +4,7 @@ Puts the parts together and owns their ends; does nothing else.
 """
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -33,7 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> int:
-    """Loads and serves until SIGTERM or SIGINT, in the main thread; sets the interpreter's switch interval.
+    """Loads and serves until SIGTERM or SIGINT, in the main thread.
+
+    Sets the interpreter's switch interval, and takes what is loaded out of its garbage collection.
 
     Returns:
         The process's exit code.
@@ -46,7 +49,11 @@ def serve(config: ServeConfig) -> int:
     # a large base takes minutes to load; a port that is taken should not wait for it
     _check_port(config.host, config.port)
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-    return asyncio.run(_serve(in_own_thread(partial(Backend.load, config))))
+    backend = in_own_thread(partial(Backend.load, config))
+    # what is there now stays; a full collection walks it, 120 ms for some 200 000 objects, while every step waits
+    gc.collect()
+    gc.freeze()
+    return asyncio.run(_serve(backend))
 
 
 def _check_port(host: str, port: int) -> None:
