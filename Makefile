@@ -56,7 +56,7 @@ check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire
 	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once their results are right
-	@for script in kernels/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in kernels/benchmarks/*.py server/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 readme: $(VENV)/.runtime ## Write README's tables of what is served anew
 	$(BIN)/python server/make_readme.py
