@@ -1,13 +1,35 @@
 """Batched LoRA: against a dense formula, over ragged ranks and popularities, and independent of neighbours."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from lora_arena import Arena, popularity
 from lorasrv_kernels.batch import NO_SLOT, TILE_ROWS, SlotBatch
-from lorasrv_kernels.lora import lora_apply_, lora_embed_
+from lorasrv_kernels.cpu.isa import Isa, widest_isa
+from lorasrv_kernels.lora import lora_apply_, lora_embed_, native, reference
 from lorasrv_kernels.table import ABSENT, Column
 
 VOCAB = 40
+
+
+Update = Callable[..., Any]
+
+
+def natively(*arguments: Any, isa: Isa) -> None:
+    assert native.lora_apply_(*arguments, isa=isa)
+
+
+def updates(dtype: torch.dtype) -> dict[str, Update]:
+    """The implementations that this machine can run, by name."""
+    found: dict[str, Update] = {"op": torch.ops.lorasrv.lora_apply_, "reference": reference.lora_apply_}
+    widest = widest_isa()
+    if widest is not None and dtype != torch.float16:
+        # what is wider than AVX-512 runs as AVX-512
+        found |= {isa.name: partial(natively, isa=isa) for isa in Isa if isa <= min(widest, Isa.AVX512)}
+    return found
 
 
 def apply(
@@ -17,10 +39,13 @@ def apply(
     slots: list[int],
     out_features: list[int],
     bias: torch.Tensor | None = None,
+    *,
+    update: Update = torch.ops.lorasrv.lora_apply_,
 ) -> torch.Tensor:
     result = y.clone()
     batch = SlotBatch.from_slots(slots)
-    lora_apply_(result, x, arena.data, arena.table, out_features=out_features, slots=batch, bias=bias)
+    tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows)
+    update(result, x, arena.data, arena.table, out_features, *tiles, bias)
     return result
 
 
@@ -50,9 +75,9 @@ def test_equals_the_dense_formula(kind: str, tokens: int, dtype: torch.dtype, wi
             start += width
     # one rounding to the dtype at the end; sums in fp32 over at most 128 ranks
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    torch.testing.assert_close(
-        apply(arena, y, x, slots, out_features, bias).double(), expected, rtol=tolerance, atol=tolerance * 10
-    )
+    for update in updates(dtype).values():
+        actual = apply(arena, y, x, slots, out_features, bias, update=update).double()
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * 10)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 63])
@@ -94,10 +119,57 @@ def test_neighbours_change_no_bit(dtype: torch.dtype, in_features: int) -> None:
     x, y = torch.randn(100, in_features).to(dtype), torch.randn(100, 160).to(dtype)
     slots = popularity("uniform", 100)
     bias = torch.randn(160).to(dtype)
-    mixed = apply(arena, y, x, slots, out_features, bias)
-    for row in range(100):
-        one = slice(row, row + 1)
-        assert torch.equal(apply(arena, y[one], x[one], slots[one], out_features, bias), mixed[one])
+    for update in updates(dtype).values():
+        mixed = apply(arena, y, x, slots, out_features, bias, update=update)
+        for row in range(100):
+            one = slice(row, row + 1)
+            alone = apply(arena, y[one], x[one], slots[one], out_features, bias, update=update)
+            assert torch.equal(alone, mixed[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_wide_instruction_sets_give_the_same_bits(dtype: torch.dtype) -> None:
+    found = updates(dtype)
+    if Isa.AVX512.name not in found:
+        pytest.skip("no AVX-512, or native library not built")
+    arena = Arena(100, [96, 63], dtype)
+    x, y = torch.randn(63, 100).to(dtype), torch.randn(63, 159).to(dtype)
+    slots = popularity("uniform", 63)
+    results = [apply(arena, y, x, slots, [96, 63], update=found[isa.name]) for isa in (Isa.AVX2, Isa.AVX512)]
+    assert torch.equal(*results)
+
+
+def test_threads_change_no_bit(num_threads: int) -> None:
+    arena = Arena(100, [300, 63], torch.float32)
+    x, y = torch.randn(63, 100), torch.randn(63, 363)
+    slots = popularity("uniform", 63)
+    result = apply(arena, y, x, slots, [300, 63])
+    torch.set_num_threads(3 - num_threads)
+    assert torch.equal(apply(arena, y, x, slots, [300, 63]), result)
+
+
+def test_a_neighbour_that_is_not_finite_changes_no_bit() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    x, y = torch.randn(20, 64), torch.randn(20, 96)
+    others = [row for row in range(20) if row not in (3, 18)]
+    for update in updates(torch.float32).values():
+        expected = apply(arena, y, x, [0] * 20, [64, 32], update=update)
+        poisoned = x.clone()
+        poisoned[3], poisoned[18] = torch.nan, torch.inf
+        result = apply(arena, y, poisoned, [0] * 20, [64, 32], update=update)
+        assert torch.equal(result[others], expected[others])
+        assert result[3, :64].isnan().all()
+
+
+def test_what_has_no_native_version_goes_to_the_reference() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    batch = SlotBatch.from_slots([0, 1])
+    tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows, None)
+    y = torch.randn(96, 2).T
+    expected = apply(arena, y.contiguous(), torch.ones(2, 64), [0, 1], [64, 32], update=reference.lora_apply_)
+    assert not native.lora_apply_(y, torch.ones(2, 64), arena.data, arena.table, [64, 32], *tiles)
+    torch.ops.lorasrv.lora_apply_(y, torch.ones(2, 64), arena.data, arena.table, [64, 32], *tiles)
+    assert torch.equal(y, expected)
 
 
 def test_base_rows_keep_their_bits() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.lora import reference
+from lorasrv_kernels.lora import native, reference
 from lorasrv_kernels.table import Column
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
@@ -36,23 +36,23 @@ def check_apply(
     max_rank: int = 0,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_apply_`."""
-    tokens, width = x.shape[0], sum(out_features)
-    expected = [
-        (x.ndim == 2, f"x must be [T, I], got {list(x.shape)}"),
-        (y.shape == (tokens, width), f"y must be {[tokens, width]}, got {list(y.shape)}"),
-        (y.dtype == x.dtype, f"y and x must have one dtype, got {y.dtype} and {x.dtype}"),
-        (
-            table.ndim == 3 and table.shape[1] == len(out_features),
-            f"table must be [S, {len(out_features)}, {len(Column)}], got {list(table.shape)}",
-        ),
-        (
-            bias is None or (bias.shape == (width,) and bias.dtype == y.dtype),
-            f"bias must be {y.dtype} [{width}], got {None if bias is None else (bias.dtype, list(bias.shape))}",
-        ),
-        (max_rank >= 0, f"max_rank must not be negative, got {max_rank}"),
-        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows),
-    ]
-    _raise_if_wrong("lora_apply_", expected)
+    width = sum(out_features)
+    wrong = []
+    if x.ndim != 2:
+        wrong.append(f"x must be [T, I], got {list(x.shape)}")
+    if y.shape != (x.shape[0], width):
+        wrong.append(f"y must be {[x.shape[0], width]}, got {list(y.shape)}")
+    if y.dtype != x.dtype:
+        wrong.append(f"y and x must have one dtype, got {y.dtype} and {x.dtype}")
+    if table.ndim != 3 or table.shape[1] != len(out_features):
+        wrong.append(f"table must be [S, {len(out_features)}, {len(Column)}], got {list(table.shape)}")
+    if bias is not None and (bias.shape != (width,) or bias.dtype != y.dtype):
+        wrong.append(f"bias must be {y.dtype} [{width}], got {bias.dtype} {list(bias.shape)}")
+    if max_rank < 0:
+        wrong.append(f"max_rank must not be negative, got {max_rank}")
+    wrong += _wrong_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows)
+    if wrong:
+        raise KernelError("lora_apply_: " + "; ".join(wrong))
 
 
 def check_embed(
@@ -67,16 +67,19 @@ def check_embed(
     base_rows: Tensor,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_embed_`."""
-    expected = [
-        (tokens.ndim == 1 and tokens.dtype == torch.int64, f"tokens must be int64 [T], got {list(tokens.shape)}"),
-        (y.ndim == 2 and y.shape[0] == tokens.shape[0], f"y must be [{tokens.shape[0]}, O], got {list(y.shape)}"),
-        (table.ndim == 2, f"table must be [S, {len(Column)}], got {list(table.shape)}"),
-        *_expected_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows),
-    ]
-    _raise_if_wrong("lora_embed_", expected)
+    wrong = []
+    if tokens.ndim != 1 or tokens.dtype != torch.int64:
+        wrong.append(f"tokens must be int64 [T], got {list(tokens.shape)}")
+    if y.ndim != 2 or y.shape[0] != tokens.shape[0]:
+        wrong.append(f"y must be [{tokens.shape[0]}, O], got {list(y.shape)}")
+    if table.ndim != 2:
+        wrong.append(f"table must be [S, {len(Column)}], got {list(table.shape)}")
+    wrong += _wrong_slots(arena, table, y.dtype, rows, weights, tile_slots, tile_starts, base_rows)
+    if wrong:
+        raise KernelError("lora_embed_: " + "; ".join(wrong))
 
 
-def _expected_slots(
+def _wrong_slots(
     arena: Tensor,
     table: Tensor,
     dtype: torch.dtype,
@@ -85,23 +88,19 @@ def _expected_slots(
     tile_slots: Tensor,
     tile_starts: Tensor,
     base_rows: Tensor,
-) -> list[tuple[bool, str]]:
-    return [
-        (arena.ndim == 1 and arena.dtype == dtype, f"arena must be 1-D {dtype}, got {arena.ndim}-D {arena.dtype}"),
-        (
-            table.dtype == torch.int64 and table.shape[-1] == len(Column),
-            f"table must be int64 with {len(Column)} columns, got {table.dtype} {list(table.shape)}",
-        ),
-        (rows.shape == weights.shape and rows.dtype == torch.int64, "rows int64 [E] and weights [E] must agree"),
-        (len(tile_starts) == len(tile_slots) + 1, "tile_starts must be [K + 1] for tile_slots [K]"),
-        (base_rows.ndim == 1 and base_rows.dtype == torch.int64, "base_rows must be int64 [T']"),
-    ]
-
-
-def _raise_if_wrong(name: str, expected: list[tuple[bool, str]]) -> None:
-    wrong = [message for holds, message in expected if not holds]
-    if wrong:
-        raise KernelError(f"{name}: " + "; ".join(wrong))
+) -> list[str]:
+    wrong = []
+    if arena.ndim != 1 or arena.dtype != dtype:
+        wrong.append(f"arena must be 1-D {dtype}, got {arena.ndim}-D {arena.dtype}")
+    if table.dtype != torch.int64 or table.shape[-1] != len(Column):
+        wrong.append(f"table must be int64 with {len(Column)} columns, got {table.dtype} {list(table.shape)}")
+    if rows.shape != weights.shape or rows.dtype != torch.int64:
+        wrong.append("rows int64 [E] and weights [E] must agree")
+    if len(tile_starts) != len(tile_slots) + 1:
+        wrong.append("tile_starts must be [K + 1] for tile_slots [K]")
+    if base_rows.ndim != 1 or base_rows.dtype != torch.int64:
+        wrong.append("base_rows must be int64 [T']")
+    return wrong
 
 
 def _apply(
@@ -122,6 +121,26 @@ def _apply(
     reference.lora_apply_(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
 
 
+def _apply_cpu(
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    out_features: Sequence[int],
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+    base_rows: Tensor,
+    bias: Tensor | None,
+    max_rank: int = 0,
+) -> None:
+    check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
+    arguments = (y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
+    if not native.lora_apply_(*arguments):
+        reference.lora_apply_(*arguments)
+
+
 def _embed(
     y: Tensor,
     tokens: Tensor,
@@ -138,6 +157,7 @@ def _embed(
 
 
 _library.impl("lora_apply_", _apply, "CompositeExplicitAutograd")
+_library.impl("lora_apply_", _apply_cpu, "CPU")
 _library.impl("lora_apply_", check_apply, "Meta")
 _library.impl("lora_embed_", _embed, "CompositeExplicitAutograd")
 _library.impl("lora_embed_", check_embed, "Meta")
