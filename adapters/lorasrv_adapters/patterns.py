@@ -43,6 +43,9 @@ _COMMON_SYNTAX = re.compile(
     re.VERBOSE,
 )
 
+# names, and dots that match any character
+_LITERAL = re.compile(r"[\w.]*", re.ASCII)
+
 V = TypeVar("V")
 
 
@@ -86,16 +89,41 @@ class PatternTable(Generic[V]):
 
     def __init__(self, patterns: Sequence[tuple[str, V]]) -> None:
         compiled = compile_patterns([key for key, _ in patterns], r"(.*\.)?({})$")
-        self._table = [(key, pattern, value) for pattern, (key, value) in zip(compiled, patterns, strict=True)]
+        self._rows: dict[str, list[_Row[V]]] = {}
+        for place, ((key, value), pattern) in enumerate(zip(patterns, compiled, strict=True)):
+            self._rows.setdefault(_literal_tail(key), []).append(_Row(place, key, pattern, value))
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """Return the keys that match none of these names."""
+        found: list[_Row[V]] = []
         names = tuple(names)
-        return [key for key, pattern, _ in self._table if not any(map(pattern.matches, names))]
+        for tail, rows in self._rows.items():
+            candidates = [name for name in names if name.endswith(tail)]
+            found += [row for row in rows if not any(map(row.pattern.matches, candidates))]
+        return [row.key for row in sorted(found, key=lambda row: row.place)]
 
     def find(self, name: str, default: V) -> V:
         """Return the value of the first pattern that matches `name`, or the default."""
-        return next((value for _, pattern, value in self._table if pattern.matches(name)), default)
+        firsts = [
+            row
+            for tail, rows in self._rows.items()
+            if name.endswith(tail) and (row := next((row for row in rows if row.pattern.matches(name)), None))
+        ]
+        return min(firsts, key=lambda row: row.place).value if firsts else default
+
+
+@dataclass(frozen=True, slots=True)
+class _Row(Generic[V]):
+    place: int
+    key: str
+    pattern: Pattern
+    value: V
+
+
+def _literal_tail(key: str) -> str:
+    """What every name that a key matches ends with; only names that do are compared, which for keys that spell out all
+    modules of a large base is a small part."""
+    return key.rpartition(".")[2] if _LITERAL.fullmatch(key) else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
