@@ -122,6 +122,12 @@ def test_import_without_torch(package, tmp_path):
     assert run_python(code, cwd=tmp_path) == ""
 
 
+@pytest.mark.parametrize("module", ["lorasrv_kernels.lora", "lorasrv.engine.runner"])
+def test_import_without_triton(module, tmp_path):
+    code = f"import {module}, sys; print('triton' in sys.modules)"
+    assert run_python(code, cwd=tmp_path) == "False"
+
+
 @pytest.mark.parametrize("name", ["request", "kv_cache", "scheduler", "arena"])
 def test_step_planning_without_torch(name, tmp_path):
     code = f"import lorasrv.engine.{name}, sys; print('torch' in sys.modules)"
@@ -129,14 +135,14 @@ def test_step_planning_without_torch(name, tmp_path):
 
 
 def test_every_runtime_import_is_declared():
-    declared = modules_of(project()["dependencies"])
+    declared = modules_of([*project()["dependencies"], *project()["optional-dependencies"]["cuda"]])
     used = foreign(imports(sources(*PACKAGES)))
     assert {name for name in used if not any(provides(module, name) for module in declared.values())} == set()
 
 
 def test_every_runtime_dependency_is_imported():
     used = foreign(imports(sources(*PACKAGES)))
-    declared = modules_of(project()["dependencies"])
+    declared = modules_of([*project()["dependencies"], *project()["optional-dependencies"]["cuda"]])
     unused = {dist for dist, module in declared.items() if not any(provides(module, name) for name in used)}
     assert unused == set()
 

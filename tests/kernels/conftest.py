@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from interpreter import INTERPRETING
 from lorasrv_kernels.workspace import Workspace
 from torch import Tensor
 
@@ -46,3 +47,14 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton kernels run: the CUDA device, or the CPU in a process that interprets them."""
+    pytest.importorskip("triton")
+    if INTERPRETING:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.skip("no CUDA device; the same test runs through the interpreter")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorasrv_kernels import triton_modules
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.lora import native, reference
 from lorasrv_kernels.table import Column
@@ -156,8 +157,49 @@ def _embed(
     reference.lora_embed_(y, tokens, arena, table, rows, weights, tile_slots, tile_starts)
 
 
+def _apply_cuda(
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    out_features: Sequence[int],
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+    base_rows: Tensor,
+    bias: Tensor | None,
+    max_rank: int = 0,
+) -> None:
+    kernels = triton_modules.load("lorasrv_kernels.lora.triton_kernels")
+    apply = _apply if kernels is None else kernels.lora_apply_
+    check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
+    with torch.cuda.device_of(y):
+        apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
+
+
+def _embed_cuda(
+    y: Tensor,
+    tokens: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+    base_rows: Tensor,
+) -> None:
+    kernels = triton_modules.load("lorasrv_kernels.lora.triton_kernels")
+    embed = _embed if kernels is None else kernels.lora_embed_
+    check_embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
+    with torch.cuda.device_of(y):
+        embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
+
+
 _library.impl("lora_apply_", _apply, "CompositeExplicitAutograd")
 _library.impl("lora_apply_", _apply_cpu, "CPU")
+_library.impl("lora_apply_", _apply_cuda, "CUDA")
 _library.impl("lora_apply_", check_apply, "Meta")
 _library.impl("lora_embed_", _embed, "CompositeExplicitAutograd")
+_library.impl("lora_embed_", _embed_cuda, "CUDA")
 _library.impl("lora_embed_", check_embed, "Meta")

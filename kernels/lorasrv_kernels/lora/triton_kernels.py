@@ -1,0 +1,362 @@
+"""`lora_apply_` and `lora_embed_` for CUDA: one launch that shrinks, one that expands, for all slots and slices.
+
+`shrink` writes x A^T, `expand` multiplies with B^T and finishes the row. Both read ranks and offsets from the table on
+the device; the host knows the number of tiles, the widths and a bound on the ranks. I is cut into planes whose number
+depends on I alone, and `expand` adds them in order, so a row's bits depend on nothing but the row and its adapter.
+
+Importing this module imports Triton.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.table import Column
+from lorasrv_kernels.workspace import thread_workspace
+
+_A = tl.constexpr(int(Column.A))
+_B_T = tl.constexpr(int(Column.B_T))
+_D = tl.constexpr(int(Column.D))
+_RANK = tl.constexpr(int(Column.RANK))
+_BIAS = tl.constexpr(int(Column.BIAS))
+_ALIGNMENT = tl.constexpr(32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """Sizes of the blocks one program works on. Not measured on a device yet."""
+
+    block_i: int = 128
+    min_plane: int = 512
+    """Input features of a plane, at least; a multiple of `block_i`."""
+    max_planes: int = 16
+    block_r: int = 16
+    block_o: int = 128
+    shrink_warps: int = 4
+    shrink_stages: int = 4
+    expand_warps: int = 4
+    expand_stages: int = 2
+
+    def plane(self, in_features: int) -> int:
+        """Input features that one program of `shrink` adds up; a function of I, never of the batch."""
+        even = -(-in_features // (self.max_planes * self.block_i)) * self.block_i
+        return max(self.min_plane, even)
+
+
+TILING = Tiling()
+
+
+@triton.jit
+def shrink(
+    shrunk,
+    x,
+    arena,
+    table,
+    rows,
+    tile_slots,
+    tile_starts,
+    num_entries,
+    num_slices,
+    max_rank,
+    x_row_stride,
+    x_column_stride,
+    slot_stride,
+    slice_stride,
+    IN_FEATURES: tl.constexpr,
+    PLANE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FLOAT32: tl.constexpr,
+):
+    """shrunk [planes, E, G, max_rank] float32 <- x A^T, each plane over its own part of I. Grid [K, planes, G].
+
+    What lies beyond a slot's own rank is left as it was.
+    """
+    tile = tl.program_id(0)
+    plane = tl.program_id(1)
+    piece = tl.program_id(2)
+    entry = table + tl.load(tile_slots + tile).to(tl.int64) * slot_stride + piece * slice_stride
+    rank = tl.minimum(tl.load(entry + _RANK), max_rank).to(tl.int32)
+    a = arena + tl.multiple_of(tl.load(entry + _A), _ALIGNMENT)
+    entries = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
+    present = entries < tl.load(tile_starts + tile + 1)
+    x_rows = x + tl.load(rows + entries, mask=present, other=0)[:, None] * x_row_stride
+    places = (plane.to(tl.int64) * num_entries + entries) * num_slices + piece
+    for first_rank in range(0, rank, BLOCK_R):
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        total = tl.zeros((TILE_ROWS, BLOCK_R), dtype=tl.float32)
+        for step in range(0, PLANE, BLOCK_I):
+            features = plane * PLANE + step + tl.arange(0, BLOCK_I)
+            inside = features < IN_FEATURES
+            x_block = tl.load(
+                x_rows + features.to(tl.int64)[None, :] * x_column_stride,
+                mask=present[:, None] & inside[None, :],
+                other=0.0,
+            )
+            a_block = tl.load(
+                a + ranks.to(tl.int64)[None, :] * IN_FEATURES + features[:, None],
+                mask=(ranks < rank)[None, :] & inside[:, None],
+                other=0.0,
+            )
+            if FLOAT32:
+                x_block = x_block.to(tl.float32)
+                a_block = a_block.to(tl.float32)
+            total = tl.dot(x_block, a_block, total, input_precision="ieee")
+        tl.store(
+            shrunk + places[:, None] * max_rank + ranks[None, :],
+            total,
+            mask=present[:, None] & (ranks < rank)[None, :],
+        )
+
+
+@triton.jit
+def expand(
+    y,
+    source,
+    arena,
+    table,
+    rows,
+    weights,
+    tile_slots,
+    tile_starts,
+    base_rows,
+    bias,
+    num_tiles,
+    num_entries,
+    num_base_rows,
+    max_rank,
+    y_row_stride,
+    y_column_stride,
+    slot_stride,
+    slice_stride,
+    OUT_FEATURES: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    EMBEDDING: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y <- d * y + weight * S B^T + bias, rounded once. Grid [tiles, blocks of columns over all slices].
+
+    `source` is what `shrink` wrote, or of an embedding the tokens [T], whose rows of A [V, R] are S. After the K tiles
+    come the base's rows, in tiles of their own. With a grid of one in its first axis a program takes all tiles in turn.
+    """
+    block = tl.program_id(1)
+    piece = 0
+    start = 0
+    width = OUT_FEATURES[0]
+    first_block = 0
+    for g in tl.static_range(1, len(OUT_FEATURES)):
+        first = _blocks_before(OUT_FEATURES, g, BLOCK_O)
+        piece = tl.where(block >= first, g, piece)
+        start = tl.where(block >= first, _columns_before(OUT_FEATURES, g), start)
+        width = tl.where(block >= first, OUT_FEATURES[g], width)
+        first_block = tl.where(block >= first, first, first_block)
+    columns = (block - first_block) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = columns < width
+    y_columns = y + (start + columns).to(tl.int64)[None, :] * y_column_stride
+    base_bias = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    if bias is not None:
+        base_bias = tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
+    for tile in range(tl.program_id(0), num_tiles + tl.cdiv(num_base_rows, TILE_ROWS), tl.num_programs(0)):
+        if tile < num_tiles:
+            entry = table + tl.load(tile_slots + tile).to(tl.int64) * slot_stride + piece * slice_stride
+            true_rank = tl.load(entry + _RANK)
+            d_offset = tl.load(entry + _D)
+            bias_offset = tl.load(entry + _BIAS)
+            if (true_rank > 0) | (d_offset >= 0) | (bias_offset >= 0) | (bias is not None):
+                rank = true_rank.to(tl.int32) if EMBEDDING else tl.minimum(true_rank, max_rank).to(tl.int32)
+                a = arena + tl.load(entry + _A)
+                b_t = arena + tl.multiple_of(tl.load(entry + _B_T), _ALIGNMENT)
+                entries = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
+                present = entries < tl.load(tile_starts + tile + 1)
+                row = tl.load(rows + entries, mask=present, other=0)
+                product = tl.zeros((TILE_ROWS, BLOCK_O), dtype=tl.float32)
+                for first_rank in range(0, rank, BLOCK_R):
+                    ranks = first_rank + tl.arange(0, BLOCK_R)
+                    known = present[:, None] & (ranks < rank)[None, :]
+                    if EMBEDDING:
+                        token = tl.load(source + row, mask=present, other=0)
+                        shrunk = tl.load(a + token[:, None] * rank + ranks[None, :], mask=known, other=0.0)
+                        shrunk = shrunk.to(tl.float32)
+                    else:
+                        shrunk = tl.zeros((TILE_ROWS, BLOCK_R), dtype=tl.float32)
+                        for plane in range(NUM_PLANES):
+                            places = ((plane * num_entries).to(tl.int64) + entries) * len(OUT_FEATURES) + piece
+                            at = source + places[:, None] * max_rank + ranks[None, :]
+                            shrunk += tl.load(at, mask=known, other=0.0)
+                    b_block = tl.load(
+                        b_t + ranks.to(tl.int64)[:, None] * width + columns[None, :],
+                        mask=(ranks < rank)[:, None] & inside[None, :],
+                        other=0.0,
+                    )
+                    product = tl.dot(shrunk, b_block.to(tl.float32), product, input_precision=PRECISION)
+                weight = tl.load(weights + entries, mask=present, other=0.0)
+                d = tl.load(_floats(arena, d_offset) + columns, mask=inside & (d_offset >= 0), other=1.0)
+                own_bias = tl.load(_floats(arena, bias_offset) + columns, mask=inside & (bias_offset >= 0), other=0.0)
+                at = y_columns + row[:, None] * y_row_stride
+                mask = present[:, None] & inside[None, :]
+                result = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                result = result * d[None, :] + weight[:, None] * product
+                result += tl.where(bias_offset >= 0, own_bias, base_bias)[None, :]
+                # scratch holds max_rank; a wrong answer would be plausible, NaN is not
+                result = tl.where(true_rank > rank, float("nan"), result)
+                tl.store(at, result.to(y.dtype.element_ty), mask=mask)
+        else:
+            places = (tile - num_tiles) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+            row = tl.load(base_rows + places, mask=places < num_base_rows, other=0)
+            at = y_columns + row[:, None] * y_row_stride
+            mask = (places < num_base_rows)[:, None] & inside[None, :]
+            result = tl.load(at, mask=mask, other=0.0).to(tl.float32) + base_bias[None, :]
+            tl.store(at, result.to(y.dtype.element_ty), mask=mask)
+        # the next tile may hold a row of this one
+        tl.debug_barrier()
+
+
+@triton.jit
+def _floats(arena, offset):
+    return (arena + offset).to(tl.pointer_type(tl.float32))
+
+
+@triton.constexpr_function
+def _blocks_before(out_features, piece, block):
+    return sum(-(-width // block) for width in out_features[:piece])
+
+
+@triton.constexpr_function
+def _columns_before(out_features, piece):
+    return sum(out_features[:piece])
+
+
+_INTERPRETED = not isinstance(shrink, triton.JITFunction)
+"""The interpreter computes bfloat16 wrongly without saying so, and gets everything in float32."""
+
+
+def lora_apply_(
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    out_features: Sequence[int],
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+    base_rows: Tensor,
+    bias: Tensor | None,
+    max_rank: int = 0,
+    *,
+    tiling: Tiling = TILING,
+) -> None:
+    """See `lorasrv_kernels.lora.lora_apply_`. Arguments as the op takes them, on one CUDA device."""
+    table = _with_plain_columns(table)
+    num_tiles, num_entries = len(tile_slots), len(rows)
+    in_features, num_slices = x.shape[1], len(out_features)
+    plane = tiling.plane(in_features)
+    num_planes = -(-in_features // plane)
+    if num_tiles:
+        max_rank = max_rank or int(table[:, :, Column.RANK].max())
+    shrunk = thread_workspace().take(
+        "lora.planes", (num_planes, num_entries, num_slices, max_rank), torch.float32, y.device
+    )
+    if num_tiles and max_rank:
+        shrink[num_tiles, num_planes, num_slices](
+            shrunk,
+            x,
+            arena,
+            table,
+            rows,
+            tile_slots,
+            tile_starts,
+            num_entries,
+            num_slices,
+            max_rank,
+            *x.stride(),
+            *table.stride()[:2],
+            IN_FEATURES=in_features,
+            PLANE=plane,
+            TILE_ROWS=TILE_ROWS,
+            BLOCK_I=tiling.block_i,
+            BLOCK_R=tiling.block_r,
+            FLOAT32=_INTERPRETED,
+            num_warps=tiling.shrink_warps,
+            num_stages=tiling.shrink_stages,
+        )
+    slots = (rows, weights, tile_slots, tile_starts, base_rows)
+    _expand(y, shrunk, arena, table, slots, bias, max_rank, tuple(out_features), num_planes, tiling)
+
+
+def lora_embed_(
+    y: Tensor,
+    tokens: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    tile_slots: Tensor,
+    tile_starts: Tensor,
+    base_rows: Tensor,
+    *,
+    tiling: Tiling = TILING,
+) -> None:
+    """See `lorasrv_kernels.lora.lora_embed_`. Arguments as the op takes them, on one CUDA device."""
+    table = _with_plain_columns(table)[:, None]
+    slots = (rows, weights, tile_slots, tile_starts, base_rows)
+    _expand(y, tokens.contiguous(), arena, table, slots, None, 0, (y.shape[1],), 0, tiling)
+
+
+def _with_plain_columns(table: Tensor) -> Tensor:
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
+def _expand(
+    y: Tensor,
+    source: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    max_rank: int,
+    out_features: tuple[int, ...],
+    num_planes: int,
+    tiling: Tiling,
+) -> None:
+    """`source` is of an embedding if `num_planes` is 0."""
+    rows, _, tile_slots, _, base_rows = slots
+    num_base_rows = 0 if bias is None else len(base_rows)
+    num_tiles = len(tile_slots) + -(-num_base_rows // TILE_ROWS)
+    num_blocks = sum(-(-width // tiling.block_o) for width in out_features)
+    if not num_tiles or not num_blocks:
+        return
+    # rows of several slots are read and written by several tiles, which then must not run at the same time
+    composed = len(rows) + len(base_rows) > len(y)
+    expand[1 if composed else num_tiles, num_blocks](
+        y,
+        source,
+        arena,
+        table,
+        *slots,
+        None if bias is None else bias.contiguous(),
+        len(tile_slots),
+        len(rows),
+        num_base_rows,
+        max_rank,
+        *y.stride(),
+        *table.stride()[:2],
+        OUT_FEATURES=out_features,
+        NUM_PLANES=num_planes,
+        EMBEDDING=num_planes == 0,
+        TILE_ROWS=TILE_ROWS,
+        BLOCK_R=tiling.block_r,
+        BLOCK_O=tiling.block_o,
+        PRECISION="ieee" if arena.dtype == torch.float32 else "tf32x3",
+        num_warps=tiling.expand_warps,
+        num_stages=tiling.expand_stages,
+    )
