@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.nf4 import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.nf4 import cuda as _cuda  # noqa: F401  registers the ops
 from lorasrv_kernels.nf4.container import NF4Weight
 from lorasrv_kernels.nf4.quantize import quantize
 
