@@ -66,7 +66,7 @@ def apply(
 
 
 def expect(
-    arena: Arena, y: Tensor, x: Tensor, batch: SlotBatch, out_features: list[int], bias: Tensor | None = None
+    arena: Arena, y: Tensor, x: Tensor, batch: SlotBatch, out_features: list[int], bias: Tensor | None
 ) -> Tensor:
     result = y.clone()
     cpu = torch.device("cpu")

@@ -1,8 +1,9 @@
-"""Contract of paged attention: schemas, checks and the default implementation."""
+"""Contract of paged attention: schemas, checks, the default implementation and that for CUDA."""
 
 import torch
 from torch import Tensor
 
+from lorasrv_kernels import triton_modules
 from lorasrv_kernels.attention import reference
 from lorasrv_kernels.attention.batch import BLOCK_TOKENS
 from lorasrv_kernels.errors import KernelError
@@ -70,7 +71,18 @@ def _attention(
     return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
 
 
+def _attention_cuda(
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+) -> Tensor:
+    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+    kernels = triton_modules.load("lorasrv_kernels.attention.triton_kernels") or reference
+    with torch.cuda.device_of(q):
+        result: Tensor = kernels.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+    return result
+
+
 _library.impl("store_kv_", _store, "CompositeExplicitAutograd")
 _library.impl("store_kv_", check_store, "Meta")
 _library.impl("paged_attention", _attention, "CompositeExplicitAutograd")
+_library.impl("paged_attention", _attention_cuda, "CUDA")
 _library.impl("paged_attention", check_attention, "Meta")

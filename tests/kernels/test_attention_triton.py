@@ -1,0 +1,170 @@
+"""Paged attention in Triton against the reference: interpreted, natively on CUDA, and compiled for CUDA devices."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpreter import INTERPRETING, run_interpreted
+from lorasrv_kernels import triton_modules
+from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, op, reference, tile_tokens
+from torch import Tensor
+
+pytest.importorskip("triton")
+import aot
+
+native = pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
+# float32 sums in another order over values of about 1, then one rounding; weights of a softmax are rounded as well
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+SPANS = [(0, 1), (31, 1), (32, 1), (70, 1), (0, 18), (20, 14), (64, 3)]
+
+
+def kernels() -> Any:
+    return triton_modules.load("lorasrv_kernels.attention.triton_kernels")
+
+
+class Step:
+    """Spans of sequences of random keys and values at shuffled blocks of a cache that is NaN elsewhere."""
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        *,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        head_size: int = 48,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        num_heads, num_kv_heads = heads
+        widths = [-(-(start + count) // BLOCK_TOKENS) for start, count in spans]
+        tables = torch.randperm(sum(widths) + 3, generator=generator)[: sum(widths)].split(widths)
+        cache = torch.full((sum(widths) + 3, 2, num_kv_heads, BLOCK_TOKENS, head_size), torch.nan)
+        for (start, count), table in zip(spans, tables, strict=True):
+            for position in range(start + count):
+                place = table[position // BLOCK_TOKENS], slice(None), slice(None), position % BLOCK_TOKENS
+                cache[place] = torch.randn(2, num_kv_heads, head_size, generator=generator)
+        self.batch = AttentionBatch.from_spans(
+            [
+                Span(start=start, num_tokens=count, block_table=table.tolist())
+                for (start, count), table in zip(spans, tables, strict=True)
+            ],
+            tile_tokens=tile_tokens(num_heads, num_kv_heads),
+            device=device,
+        )
+        num_tokens = sum(count for _, count in spans)
+        self.q = torch.randn(num_tokens, num_heads, head_size, generator=generator).to(device, dtype)
+        self.cache = cache.to(device, dtype)
+
+    def arguments(self, window: int) -> tuple[Any, ...]:
+        batch = self.batch
+        scale = self.q.shape[-1] ** -0.5
+        return self.q, self.cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window
+
+    def check(self, window: int) -> Tensor:
+        actual: Tensor = kernels().paged_attention(*self.arguments(window))
+        expected = reference.paged_attention(*self.arguments(window))
+        tolerance = TOLERANCES[actual.dtype]
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        return actual
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 1), (32, 1)], ids=str)
+@pytest.mark.parametrize("window", [0, 7, 40])
+def test_decode_and_chunked_prefill_together(triton_device: torch.device, heads: tuple[int, int], window: int) -> None:
+    Step(SPANS, heads=heads, dtype=torch.float32, device=triton_device).check(window)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("window", [0, 1])
+def test_every_dtype(triton_device: torch.device, dtype: torch.dtype, window: int) -> None:
+    Step(SPANS, heads=(4, 2), dtype=dtype, device=triton_device).check(window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [16, 64, 80])
+def test_every_head_size(triton_device: torch.device, head_size: int) -> None:
+    Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device, head_size=head_size).check(0)
+
+
+@pytest.mark.gpu
+def test_any_strides(triton_device: torch.device) -> None:
+    step = Step([(40, 5), (3, 1)], heads=(4, 2), dtype=torch.float32, device=triton_device)
+    expected = step.check(7)
+    step.q = step.q.transpose(0, 2).contiguous().transpose(0, 2)
+    step.cache = torch.stack([step.cache, step.cache], dim=1)[:, 1].transpose(3, 4).contiguous().transpose(3, 4)
+    assert torch.equal(step.check(7), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_and_neighbours_change_no_bit(triton_device: torch.device, dtype: torch.dtype) -> None:
+    together = Step([(0, 40), (50, 1)], heads=(4, 2), dtype=dtype, device=triton_device)
+    for window in (0, 9):
+        expected = together.check(window)
+        # the same tokens alone in their step, from the middle of the prefill on; where a tile begins, because the
+        # library that multiplies for the interpreter adds in an order that follows the row
+        rows = together.q[24:40]
+        batch = AttentionBatch.from_spans(
+            [Span(start=24, num_tokens=16, block_table=together.batch.block_tables[0].tolist())],
+            tile_tokens=together.batch.tile_tokens,
+            device=triton_device,
+        )
+        alone = kernels().paged_attention(
+            rows, together.cache, batch.block_tables, batch.tiles, batch.tile_tokens, 48**-0.5, window
+        )
+        assert torch.equal(alone, expected[24:40])
+
+
+@pytest.mark.gpu
+def test_a_tile_of_no_tokens_writes_nothing(triton_device: torch.device) -> None:
+    step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
+    expected = step.check(0)
+    step.batch.tiles.resize_(len(step.batch.tiles) + 2, 4)[-2:] = 0
+    assert torch.equal(kernels().paged_attention(*step.arguments(0)), expected)
+
+
+@pytest.mark.gpu
+def test_no_sequences(triton_device: torch.device) -> None:
+    step = Step([], heads=(4, 2), dtype=torch.float32, device=triton_device)
+    assert kernels().paged_attention(*step.arguments(0)).shape == (0, 4, 48)
+
+
+@pytest.mark.gpu
+def test_the_op_is_registered_for_cuda(triton_device: torch.device) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lorasrv::paged_attention", "CUDA")
+    step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
+    assert torch.equal(op._attention_cuda(*step.arguments(0)), step.check(0))
+
+
+@native
+def test_through_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@native
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("head_size", "window"), [(64, 0), (128, 0), (128, 4096)], ids=["Llama 3.2 1B", "Llama 3 8B", "Mistral 7B"]
+)
+def test_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, head_size: int, window: int
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with torch.device("meta"):
+        q = torch.empty(8, 32, head_size, dtype=torch.bfloat16)
+        cache = torch.empty(100, 2, 8, BLOCK_TOKENS, head_size, dtype=torch.bfloat16)
+        tables, tiles = (torch.empty(8, width, dtype=torch.int32) for width in (63, 4))
+    arguments = q, cache, tables, tiles, tile_tokens(32, 8), head_size**-0.5, window
+    launches = aot.record(monkeypatch, lambda: kernels().paged_attention(*arguments))
+    (kernel,) = [aot.compile_launch(launch, capability) for launch in launches]
+    kernel.check(capability)
+    assert "HMMA.16816.F32.BF16" in kernel.sass
+    # keys and values come in whole 16 bytes
+    assert "LDGSTS.E.BYPASS.128" in kernel.sass
