@@ -1,10 +1,10 @@
-"""Contract of paged attention: schemas, checks, the default implementation and that for CUDA."""
+"""Contract of paged attention: schemas, checks, the default implementation and those for CUDA and CPU."""
 
 import torch
 from torch import Tensor
 
 from lorasrv_kernels import triton_modules
-from lorasrv_kernels.attention import reference
+from lorasrv_kernels.attention import native, reference
 from lorasrv_kernels.attention.batch import BLOCK_TOKENS
 from lorasrv_kernels.errors import KernelError
 
@@ -45,6 +45,13 @@ def check_attention(
 ) -> Tensor:
     """Raises KernelError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
     del scale
+    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window)
+    return torch.empty_like(q)
+
+
+def _raise_if_wrong(
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, window: int
+) -> None:
     if q.ndim != 3:
         raise KernelError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")
     wrong = _check_cache(cache, q.shape[1], q.shape[2], q.dtype)
@@ -56,7 +63,6 @@ def check_attention(
         wrong.append(f"window must be at least 0, got {window}")
     if wrong:
         raise KernelError("paged_attention: " + "; ".join(wrong))
-    return torch.empty_like(q)
 
 
 def _store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -81,8 +87,26 @@ def _attention_cuda(
     return result
 
 
+def _store_cpu(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    check_store(cache, k, v, slot_mapping)
+    if not native.store_kv_(cache, k, v, slot_mapping):
+        reference.store_kv_(cache, k, v, slot_mapping)
+
+
+def _attention_cpu(
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+) -> Tensor:
+    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window)
+    out = native.paged_attention(q, cache, block_tables, tiles, scale, window)
+    if out is None:
+        return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+    return out
+
+
 _library.impl("store_kv_", _store, "CompositeExplicitAutograd")
+_library.impl("store_kv_", _store_cpu, "CPU")
 _library.impl("store_kv_", check_store, "Meta")
 _library.impl("paged_attention", _attention, "CompositeExplicitAutograd")
 _library.impl("paged_attention", _attention_cuda, "CUDA")
+_library.impl("paged_attention", _attention_cpu, "CPU")
 _library.impl("paged_attention", check_attention, "Meta")

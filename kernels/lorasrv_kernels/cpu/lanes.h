@@ -27,8 +27,9 @@ struct Bfloat16 {
 
 namespace portable {
 
-// rows taken together, columns (or dot products) of each of them, and columns of a row that is alone
-constexpr int kRows = 2, kColumns = 1, kColumnsAlone = 2, kScoreRows = 1;
+// rows taken together, columns (or dot products) of each of them, and columns of a row that is alone; rows and columns
+// of attention
+constexpr int kRows = 2, kColumns = 1, kColumnsAlone = 2, kScoreRows = 1, kValueColumns = 2;
 
 struct Lanes {
     float at[kLanes];
@@ -149,7 +150,7 @@ LORASRV_INLINE Lanes sums(const Lanes (&folded)[4]) {
 
 namespace avx2 {
 
-constexpr int kRows = 2, kColumns = 2, kColumnsAlone = 4, kScoreRows = 1;
+constexpr int kRows = 2, kColumns = 2, kColumnsAlone = 4, kScoreRows = 1, kValueColumns = 4;
 
 struct Lanes {
     __m256 low, high;
@@ -261,7 +262,7 @@ LORASRV_AVX2 LORASRV_INLINE Lanes sums(const Lanes (&folded)[4]) {
 
 namespace avx512 {
 
-constexpr int kRows = 4, kColumns = 4, kColumnsAlone = 8, kScoreRows = 4;
+constexpr int kRows = 4, kColumns = 4, kColumnsAlone = 8, kScoreRows = 4, kValueColumns = 4;
 
 using Lanes = __m512;
 
