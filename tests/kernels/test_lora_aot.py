@@ -125,4 +125,4 @@ def test_the_number_of_planes_follows_the_shape_alone(monkeypatch: pytest.Monkey
         batches = [SlotBatch.from_slots([0] * rows + [-1] * (34 - rows), device="meta") for rows in (1, 17, 34)]
         grids = [launches(monkeypatch, *group, torch.bfloat16, batch=batch)[0].grid for batch in batches]
         (planes[name],) = {grid[1] for grid in grids}
-    assert planes == {"1b-qkv": 4, "1b-down": 16, "8b-qkv": 8, "8b-gate-up": 8, "8b-down": 14, "8b-head": 8}
+    assert planes == {"1b-qkv": 4, "1b-down": 16, "8b-qkv": 8, "8b-gate-up": 8, "8b-down": 16, "8b-head": 8}

@@ -25,7 +25,6 @@ TOLERANCE = {
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-4},
     torch.float16: {"rtol": 2**-10, "atol": 1e-4},
 }
-on_device = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,7 @@ def apply(
 
 
 def expect(
-    arena: Arena, y: Tensor, x: Tensor, batch: SlotBatch, out_features: list[int], bias: Tensor | None
+    arena: Arena, y: Tensor, x: Tensor, batch: SlotBatch, out_features: list[int], bias: Tensor | None = None
 ) -> Tensor:
     result = y.clone()
     cpu = torch.device("cpu")
@@ -86,34 +85,34 @@ def check(
     torch.testing.assert_close(result, expect(arena, y, x, batch, out_features, own), **TOLERANCE[dtype])
 
 
-@on_device
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical", "skewed", "base only"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_any_popularity(kind: str, bias: bool, triton_device: torch.device) -> None:
     check(triton_device, popularity(kind, 20), 100, [96, 63], torch.float32, bias=bias)
 
 
-@on_device
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_features", [1, 63, 100, 128])
 @pytest.mark.parametrize("out_features", [[1], [63], [100], [128], [1, 128], [100, 63]])
 def test_any_size(in_features: int, out_features: list[int], triton_device: torch.device) -> None:
     check(triton_device, [0, 4, 1, NO_SLOT, 0], in_features, out_features, torch.float32, bias=True)
 
 
-@on_device
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_any_dtype(dtype: torch.dtype, triton_device: torch.device) -> None:
     check(triton_device, popularity("uniform", 20), 128, [100, 63], dtype, bias=True)
 
 
-@on_device
+@pytest.mark.gpu
 @pytest.mark.parametrize("slots", [[], [NO_SLOT], [2]], ids=["empty", "base", "one"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_smallest_batches(slots: list[int], bias: bool, triton_device: torch.device) -> None:
     check(triton_device, slots, 63, [63, 1], torch.float32, bias=bias)
 
 
-@on_device
+@pytest.mark.gpu
 def test_the_tiling_that_serves(triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(1100, [96, 63], torch.float32), torch.randn(6, 1100), torch.randn(6, 159)
@@ -123,7 +122,7 @@ def test_the_tiling_that_serves(triton_device: torch.device) -> None:
     torch.testing.assert_close(result, expect(arena, y, x, batch, [96, 63]), **TOLERANCE[torch.float32])
 
 
-@on_device
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_neighbours_change_no_bit(dtype: torch.dtype, triton_device: torch.device) -> None:
     torch.manual_seed(0)
@@ -136,7 +135,7 @@ def test_neighbours_change_no_bit(dtype: torch.dtype, triton_device: torch.devic
         assert torch.equal(alone, mixed[one])
 
 
-@on_device
+@pytest.mark.gpu
 def test_no_bound_on_ranks_changes_a_bit(triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(5, 100), torch.randn(5, 159)
@@ -145,7 +144,7 @@ def test_no_bound_on_ranks_changes_a_bit(triton_device: torch.device) -> None:
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-@on_device
+@pytest.mark.gpu
 def test_ranks_beyond_the_bound_are_not_a_number(triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(3, 100), torch.randn(3, 159)
@@ -156,7 +155,7 @@ def test_ranks_beyond_the_bound_are_not_a_number(triton_device: torch.device) ->
     torch.testing.assert_close(result, expected, **TOLERANCE[torch.float32], equal_nan=True)
 
 
-@on_device
+@pytest.mark.gpu
 def test_rows_of_several_slots(triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(20, 100), torch.randn(20, 159)
@@ -166,26 +165,34 @@ def test_rows_of_several_slots(triton_device: torch.device) -> None:
     torch.testing.assert_close(result, expect(arena, y, x, batch, [96, 63]), **TOLERANCE[torch.float32])
 
 
-@on_device
+@pytest.mark.gpu
 def test_views(triton_device: torch.device) -> None:
     torch.manual_seed(0)
-    arena, slots = Arena(64, [64, 32], torch.float32), popularity("uniform", 7)
-    batch = SlotBatch.from_slots(slots)
-    x, y = torch.randn(7, 128, device=triton_device), torch.randn(7, 200, device=triton_device)
-    expected = apply(triton_device, arena, y[:, 5:101], x[:, ::2], batch, [64, 32])
-    rest = y[:, 101:].clone()
+    arena, batch = Arena(64, [64, 32], torch.float32), SlotBatch.from_slots(popularity("uniform", 7))
+    wide_x, wide_y = torch.randn(7, 128, device=triton_device), torch.randn(7, 200, device=triton_device)
+    x, y, rest = wide_x[:, ::2], wide_y[:, 5:197:2], wide_y[:, 4::2].clone()
+    expected = apply(triton_device, arena, y.contiguous(), x.contiguous(), batch, [64, 32])
     table = torch.full((5, 9, 8), 7, device=triton_device)
     table[:, 4:6] = arena.table.to(triton_device)
-    tensors = slot_tensors(batch, triton_device)
-    data = arena.data.to(triton_device)
-    triton_kernels.lora_apply_(
-        y[:, 5:101], x[:, ::2], data, table[:, 4:6], [64, 32], *tensors, None, MAX_RANK, tiling=SMALL
-    )
-    assert torch.equal(y[:, 5:101].cpu(), expected)
-    assert torch.equal(y[:, 101:], rest)
+    tensors, data = slot_tensors(batch, triton_device), arena.data.to(triton_device)
+    triton_kernels.lora_apply_(y, x, data, table[:, 4:6], [64, 32], *tensors, None, MAX_RANK, tiling=SMALL)
+    assert torch.equal(y.cpu(), expected)
+    assert torch.equal(wide_y[:, 4::2], rest)
 
 
-@on_device
+@pytest.mark.gpu
+def test_a_scale_without_ranks(triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    arena, x, y = Arena(64, [64, 32], torch.float32), torch.randn(2, 64), torch.randn(2, 96)
+    arena.table[0, 0, Column.RANK] = 0
+    arena.table[0, 0, Column.BIAS] = ABSENT
+    batch = SlotBatch.from_slots([0, 1])
+    result = apply(triton_device, arena, y, x, batch, [64, 32])
+    assert not torch.equal(result[0, :64], y[0, :64])
+    torch.testing.assert_close(result, expect(arena, y, x, batch, [64, 32]), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("composed", [False, True], ids=["one-slot", "several-slots"])
 def test_embedding(dtype: torch.dtype, composed: bool, triton_device: torch.device) -> None:
