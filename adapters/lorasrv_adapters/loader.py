@@ -46,12 +46,27 @@ class CheckpointLoader:
     limits: WeightLimits = DEFAULT_LIMITS
 
     def load(self, source: str) -> LoadedAdapter:
-        """Read, check and pack the adapter; blocks; any thread.
+        """Find, read, check and pack an adapter; blocks; any thread.
 
         Raises:
             AdapterError: It cannot be found, read or served.
         """
-        folder = resolve(source, roots=self.roots, hub=self.hub)
+        return self.read(self.locate(source))
+
+    def locate(self, source: str) -> Path:
+        """Return the folder a source names, downloaded if need be.
+
+        Raises:
+            AdapterError: It is not allowed, or there is nothing.
+        """
+        return resolve(source, roots=self.roots, hub=self.hub)
+
+    def read(self, folder: Path) -> LoadedAdapter:
+        """Read, check and pack the adapter of a folder.
+
+        Raises:
+            AdapterError: It cannot be read or served.
+        """
         adapter = read_checkpoint(folder, self.base, limits=self.limits)
         self._check_ranks(adapter)
         ranks = adapter.ranks.values()

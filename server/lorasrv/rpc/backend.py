@@ -11,7 +11,8 @@ import huggingface_hub.constants
 from lorasrv_adapters.host_cache import HostCache
 from lorasrv_adapters.hub import HubSource
 from lorasrv_adapters.loader import CheckpointLoader
-from lorasrv_adapters.records import LoadedAdapter
+from lorasrv_adapters.loader_process import LoaderProcess
+from lorasrv_adapters.records import AdapterLoader, LoadedAdapter
 from lorasrv_adapters.registry import AdapterRegistry
 from lorasrv_kernels.cpu import library
 
@@ -80,12 +81,16 @@ class Backend:
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
         memory = _memory(config, model, metrics)
-        registry = AdapterRegistry(_OwnThreadLoader(_loader(config, model, memory)), cache, observer=metrics)
+        # the digest first, so that no load has to find it out anew
+        facts = _facts(config, model, folder=folder)
+        registry = AdapterRegistry(
+            _beside_the_engine(_loader(config, model, memory), device.type), cache, observer=metrics
+        )
         for adapter_id, source in config.adapters:
             registry.load(adapter_id, _source(source))
         return cls(
             config=config,
-            facts=_facts(config, model, folder=folder),
+            facts=facts,
             model=model,
             tokenizer=tokenizer,
             memory=memory,
@@ -141,7 +146,17 @@ class _OwnThreadLoader:
     loader: CheckpointLoader
 
     def load(self, source: str) -> LoadedAdapter:
-        return in_own_thread(lambda: self.loader.load(source))
+        return self.read(self.loader.locate(source))
+
+    def read(self, folder: Path) -> LoadedAdapter:
+        return in_own_thread(lambda: self.loader.read(folder))
+
+
+def _beside_the_engine(loader: CheckpointLoader, device_kind: str) -> AdapterLoader:
+    """A loader that takes as little from the engine as it can: on a CPU none of its cores."""
+    beside = _OwnThreadLoader(loader)
+    # a process could not read a base that lies on another device
+    return LoaderProcess(loader.locate, beside.read) if device_kind == "cpu" else beside
 
 
 def _base_folder(config: ServeConfig) -> Path:
