@@ -16,14 +16,14 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test fuzz check bench readme proto native assets clean
+.PHONY: help demo serve test fuzz check bench gpu-check readme proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## Show the verbs
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r verb text; do \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r verb text; do \
 		printf '%-14s %s\n' "$$verb" "$$text"; done
 
 demo: $(VENV)/.runtime $(NATIVE) ## One server, several adapters, one mixed batch
@@ -57,6 +57,12 @@ check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire
 
 bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once their results are right
 	@for script in kernels/benchmarks/*.py server/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+# no environment of ours: whatever Python has PyTorch for the device, where nothing can be installed
+gpu-check: ## Test and time the CUDA kernels, 8 minutes at most (SMALL=1: tiny, through Triton's interpreter)
+	@python="$(PYTHON)"; [ -n "$$python" ] || { python=$(BIN)/python; [ -x "$$python" ] || python=python3; }; \
+		PYTHONPATH=kernels:tests/support$${PYTHONPATH:+:$$PYTHONPATH} "$$python" kernels/benchmarks/cuda/check.py \
+		$(if $(SMALL),--small) $(ARGS)
 
 readme: $(VENV)/.runtime ## Write README's tables of what is served anew
 	$(BIN)/python server/make_readme.py

@@ -159,7 +159,10 @@ def _fused_linear_(
     cut = tiling(num_rows, in_features)
     # one plane of sums per split; a fresh tensor, so that a captured graph owns it
     planes = out if cut.splits == 1 else x.new_empty(cut.splits, num_tokens, num_rows, dtype=torch.float32)
-    _linear_kernel[(triton.cdiv(num_rows, cut.block_rows), cut.splits)](
+    fp32 = x.dtype == torch.float32
+    # sums of several tiles of float32 products do not fit the registers
+    tiles = 1 if fp32 else triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS))
+    _linear_kernel[(triton.cdiv(num_rows, cut.block_rows), cut.splits, triton.cdiv(num_tokens, tiles * TILE_TOKENS))](
         x,
         packed,
         absmax,
@@ -178,9 +181,9 @@ def _fused_linear_(
         ROWS=cut.block_rows,
         COLUMNS=cut.block_columns,
         TILE=TILE_TOKENS,
-        TILES=triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS)),
+        TILES=tiles,
         # the interpreter, which alone runs on CPU tensors, computes nonsense in bf16
-        FP32=x.dtype == torch.float32 or x.device.type == "cpu",
+        FP32=fp32 or x.device.type == "cpu",
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
         enable_fp_fusion=False,
@@ -290,7 +293,7 @@ def _linear_kernel(
     TILES: tl.constexpr,
     FP32: tl.constexpr,
 ):
-    """One program computes ROWS rows of the weight, over its split of the columns, for up to 4 tiles of token rows."""
+    """One program: ROWS rows of the weight, its split of the columns, 1, 2 or 4 tiles of token rows."""
     BLOCKS: tl.constexpr = COLUMNS // 64
     STEPS: tl.constexpr = (IN_FEATURES + COLUMNS - 1) // COLUMNS
     STEPS_OF_SPLIT: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
@@ -303,7 +306,7 @@ def _linear_kernel(
     ahead, mean = _slice_of(first_of_row, slices, offset, SLICES)
     row_bytes = packed + safe.to(tl.int64)[:, None] * (IN_FEATURES // 2)
     level = tl.load(levels + tl.arange(0, 16))
-    tokens = tl.arange(0, TILE)
+    tokens = tl.program_id(2) * TILES * TILE + tl.arange(0, TILE)
     sums0 = tl.zeros((ROWS, TILE), tl.float32)
     sums1 = sums0
     sums2 = sums0

@@ -1,0 +1,37 @@
+"""What `make gpu-check` says where there is no GPU and where there is no time; CI runs it whole with SMALL=1."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from interpreter import INTERPRETING
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="starts its own interpreter")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "kernels" / "benchmarks" / "cuda" / "check.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "kernels")}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_without_a_device_it_is_skipped(tmp_path: Path) -> None:
+    done = run("--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("skipped: no CUDA device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    done = run("--small", "--seconds", "0.01", "--results", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "tests failed: not finished after 0 s" in done.stdout
+    assert done.stdout.splitlines()[-1] == "| 4 more |  |  | not run: no time left | | |"
+    report = json.loads((tmp_path / "gpu-check-small.json").read_text())
+    assert report["rows"] == [{"kernel": "4 more", "shape": "", "size": "", "outcome": "not run: no time left"}]
