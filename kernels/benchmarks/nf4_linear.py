@@ -1,9 +1,10 @@
-"""Times the NF4 linear layer against bitsandbytes' dequantization with `F.linear`, and against a dense `F.linear`.
+"""Times the NF4 and the dense linear layer against PyTorch's `F.linear`, bitsandbytes and our own PyTorch path.
 
-    python kernels/benchmarks/nf4_linear.py [--threads 2] [--pairs 15] [--shapes 256x256,704x256,4096x4096]
+    python kernels/benchmarks/nf4_linear.py [--threads 2] [--pairs 15] [--shapes 256x256,704x256,4096x4096] [--isa NAME]
 
 Candidate and baseline alternate (ABBA), so that both see the same machine; a ratio is that of one pair. Beside them
 stands the candidate against itself: a ratio within its spread says nothing. Timed only if the results agree.
+Seconds are the processor's where one thread runs, so that other processes disturb less, and the clock's elsewhere.
 """
 
 import argparse
@@ -15,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lorasrv_kernels.cpu.isa import force_isa, isa_in_use
 from lorasrv_kernels.dense import dense_linear
-from lorasrv_kernels.nf4 import dequantize, native, nf4_linear, quantize
+from lorasrv_kernels.dense.reference import linear_ as dense_tiles_
+from lorasrv_kernels.nf4 import dequantize, nf4_linear, quantize
+from lorasrv_kernels.nf4.reference import linear_by_panels_ as nf4_by_panels_
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -32,16 +36,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--shapes", default="256x256,704x256,4096x4096")
-    parser.add_argument("--tokens", default="1,16,256")
+    parser.add_argument("--tokens", default="1,8,16,64,256")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--isa", help="an instruction set narrower than this machine's widest")
     arguments = parser.parse_args()
+    force_isa(arguments.isa)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, {arguments.pairs} pairs, ", end="")
-    print(f"native instruction set {native.widest_isa()}\n")
-    print("| weight | dtype | T | nf4_linear_ ms | itself | dequantize_4bit + F.linear | F.linear | dense_linear_ |")
-    print("|---|---|---|---|---|---|---|---|")
+    isa = isa_in_use()
+    print(f"native instruction set {isa.name.lower() if isa else 'none'}\n")
+    print(
+        "| weight | dtype | T | nf4_linear_ ms | itself | its PyTorch path | dequantize_4bit + F.linear | F.linear ",
+        end="",
+    )
+    print("| dense_linear_ ms | its PyTorch path | F.linear |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in arguments.shapes.split(","):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
             for tokens in arguments.tokens.split(","):
                 rows, columns = (int(size) for size in shape.split("x"))
                 with torch.inference_mode():
@@ -61,18 +73,33 @@ def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
     def candidate() -> Tensor:
         return nf4_linear(x, weight, out=out)
 
-    baselines: list[Callable[[], Tensor]] = [
-        candidate,
-        from_bitsandbytes,
-        lambda: linear(x, dense),
-        lambda: dense_linear(x, dense, out=dense_out),
-    ]
+    def dense_candidate() -> Tensor:
+        return dense_linear(x, dense, out=dense_out)
+
+    def nf4_reference() -> Tensor:
+        storage = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features)
+        nf4_by_panels_(x, *storage, dense_out, dequantize=torch.ops.lorasrv.nf4_dequantize_.default)
+        return dense_out
+
+    def dense_reference() -> Tensor:
+        dense_tiles_(x, dense, dense_out)
+        return dense_out
+
+    def library() -> Tensor:
+        return linear(x, dense)
+
     expected = x.double() @ dense.double().T
-    for baseline in baselines:
-        error = float((baseline().double() - expected).norm() / expected.norm())
+    for run in (candidate, nf4_reference, from_bitsandbytes, library, dense_candidate, dense_reference):
+        error = float((run().double() - expected).norm() / expected.norm())
         if error > TOLERANCE[dtype]:
             raise SystemExit(f"wrong result: relative error {error:.2e}")
-    results = [compare(candidate, baseline, pairs=pairs) for baseline in baselines]
+    nf4 = [compare(candidate, other, pairs=pairs) for other in (candidate, nf4_reference, from_bitsandbytes, library)]
+    plain = [compare(dense_candidate, other, pairs=pairs) for other in (dense_reference, library)]
+    return [cell for results in (nf4, plain) for cell in cells(results)]
+
+
+def cells(results: list[tuple[float, float, float, float]]) -> list[str]:
+    """Milliseconds of a candidate, then its ratios with their quartiles."""
     return [f"{1e3 * results[0][0]:.3f}"] + [
         f"{middle:.2f} [{low:.2f}, {high:.2f}]" for _, low, middle, high in results
     ]
@@ -103,11 +130,12 @@ def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float,
 
 def once(run: Run, repeats: int) -> float:
     """Seconds per call."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     run()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def cpu_name() -> str:

@@ -3,11 +3,16 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from interpreter import INTERPRETING
+from lorasrv_kernels.cpu import isa, library
+from lorasrv_kernels.dense import native as dense_native
+from lorasrv_kernels.lora import native as lora_native
+from lorasrv_kernels.nf4 import native as nf4_native
 from lorasrv_kernels.workspace import Workspace
 from torch import Tensor
 
@@ -58,3 +63,22 @@ def triton_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     pytest.skip("no CUDA device; the same test runs through the interpreter")
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without a compiler."""
+    functions = (dense_native._function, lora_native._function, nf4_native._function)
+    monkeypatch.setattr(library, "PATH", Path("no-such-library.so"))
+    for cached in (library.load, isa.widest_isa, *functions):
+        cached.cache_clear()
+    yield
+    for cached in (library.load, isa.widest_isa, *functions):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def unforced_isa() -> Iterator[None]:
+    """The choice of instruction set is taken back after the test."""
+    yield
+    isa.force_isa(None)

@@ -1,12 +1,12 @@
 """The native dequantization against the reference, bit for bit; and that nothing needs it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lorasrv_kernels.cpu import library
+from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, native, quantize, reference
 
 SHAPES = [((64,), 64), ((128, 64, 64), 128), ((1, 3, 5), 64), ((704, 704), 256), ((20,), 4096)]
@@ -14,19 +14,13 @@ SHAPES = [((64,), 64), ((128, 64, 64), 128), ((1, 3, 5), 64), ((704, 704), 256),
 needs_library = pytest.mark.skipif(library.load() is None, reason="native library not built (make native)")
 
 
+def machine_isas() -> list[Isa]:
+    widest = widest_isa()
+    return [] if widest is None else [isa for isa in Isa if isa <= widest]
+
+
 def storage(weight: NF4Weight) -> tuple[Any, ...]:
     return weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features, weight.in_features
-
-
-@pytest.fixture
-def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine without a compiler."""
-    monkeypatch.setattr(library, "PATH", Path("no-such-library.so"))
-    for cached in (library.load, native._kernel):
-        cached.cache_clear()
-    yield
-    for cached in (library.load, native._kernel):
-        cached.cache_clear()
 
 
 @needs_library
@@ -39,7 +33,7 @@ def test_bits_equal_the_reference(rows: tuple[int, ...], in_features: int, dtype
     for start, stop in {(0, count), (1, count - 1), (count // 2, count), (count, count)}:
         expected = torch.empty(stop - start, in_features, dtype=dtype)
         reference.dequantize_(*storage(weight), start, expected)
-        for isa in range(native.widest_isa() or 0, -1, -1):
+        for isa in machine_isas():
             actual = torch.full_like(expected, float("nan"))
             assert native.dequantize_(*storage(weight), start, actual, isa=isa)
             assert torch.equal(actual, expected)
@@ -53,7 +47,7 @@ def test_scales_that_are_extreme(dtype: torch.dtype) -> None:
     weight.nested_absmax.copy_(torch.tensor([1e-42, 1e-38, 3e38, float("inf"), float("nan"), 0.0, -1.0, 1.0]))
     expected = torch.empty(8, 64 * 256, dtype=dtype)
     reference.dequantize_(*storage(weight), 0, expected)
-    for isa in range(native.widest_isa() or 0, -1, -1):
+    for isa in machine_isas():
         actual = torch.empty_like(expected)
         assert native.dequantize_(*storage(weight), 0, actual, isa=isa)
         assert torch.equal(actual.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
@@ -89,7 +83,7 @@ def test_without_the_library_the_reference_serves() -> None:
     weight = quantize(torch.randn(8, 128))
     expected = torch.empty(8, 128)
     reference.dequantize_(*storage(weight), 0, expected)
-    assert native.widest_isa() is None
+    assert widest_isa() is None
     assert torch.equal(dequantize(weight), expected)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.cpu import library
-from lorasrv_kernels.cpu.isa import Isa, widest_isa
+from lorasrv_kernels.cpu.isa import Isa, isa_in_use
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -66,7 +66,7 @@ def paged_attention(
 
     Args:
         q, cache, block_tables, tiles, scale, window: as the op takes them.
-        isa: one that the machine must have; None for the widest it has.
+        isa: one that the machine must have; None for the one in use.
 
     Returns:
         [T, H, D]; None where there is no native version: library not built, neither float32 nor bfloat16, a cache
@@ -95,7 +95,7 @@ def paged_attention(
         scale,
         window,
         dtype,
-        widest_isa() if isa is None else isa,
+        isa_in_use() if isa is None else isa,
     )
     return out
 

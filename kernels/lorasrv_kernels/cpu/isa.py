@@ -1,9 +1,15 @@
-"""Instruction sets that the native kernels have versions for. Knows their numbers and which this machine has."""
+"""Which instruction set the native CPU kernels use: the widest this machine has, or the one this process was told.
 
+Knows the names and numbers of the C interface (`isa.h`); knows no kernel. The choice is the process's, because an op
+has one CPU implementation: it is made once, before the first request.
+"""
+
+import ctypes
 import functools
 from enum import IntEnum
 
 from lorasrv_kernels.cpu import library
+from lorasrv_kernels.errors import KernelError
 
 
 class Isa(IntEnum):
@@ -15,8 +21,42 @@ class Isa(IntEnum):
     AVX512_BF16 = 3
 
 
+class _Choice:
+    forced: Isa | None = None
+
+
+_choice = _Choice()
+
+
+def force_isa(name: str | None) -> None:
+    """Makes every native kernel of this process use one instruction set, named in lower case; None for the widest.
+
+    One path serves every number of tokens, so bits can be compared only under one choice. Without the native library
+    nothing changes.
+
+    Raises:
+        KernelError: No such instruction set, or this machine lacks it.
+    """
+    machine = widest_isa()
+    usable = [isa.name.lower() for isa in Isa if machine is None or isa <= machine]
+    if name is not None and name not in usable:
+        raise KernelError(f"CPU instruction set must be one of {', '.join(usable)} on this machine, got {name!r}")
+    _choice.forced = None if name is None else Isa[name.upper()]
+
+
+def forced_isa() -> Isa | None:
+    """What `force_isa` was told."""
+    return _choice.forced
+
+
 @functools.cache
 def widest_isa() -> Isa | None:
     """The widest instruction set of this machine; None where the native library is not built."""
-    native = library.load()
-    return None if native is None else Isa(native.lorasrv_cpu_isa())
+    function = library.function("lorasrv_cpu_isa", [], ctypes.c_int32)
+    return None if function is None else Isa(function())
+
+
+def isa_in_use() -> Isa | None:
+    """The instruction set that kernels use; None where the native library is not built."""
+    machine = widest_isa()
+    return machine if machine is None or _choice.forced is None else _choice.forced

@@ -2,8 +2,9 @@
 // after every step, so no multiply-add may be contracted (-ffp-contract=off).
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
+
+#include "isa.h"
+#include "nf4_slice.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -11,35 +12,8 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;         // weights per scale
-constexpr int64_t kNestedBlock = 256;  // scales per nested scale
-constexpr int64_t kRun = 64;           // blocks a thread takes at a time
+constexpr int64_t kRun = 64;  // blocks a thread takes at a time
 constexpr int64_t kParallelBlocks = 1024;
-
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
-enum Isa : int32_t { kPortable = 0, kAvx512 = 1 };
-
-// One slice's storage, from its own first block on.
-struct Slice {
-    const uint8_t* packed;
-    const uint8_t* absmax;
-    const float* nested_absmax;
-    float offset;
-    const float* levels;        // [16]
-    const float* nested_codes;  // [256]
-
-    float scale(int64_t block) const {
-        const float product = nested_codes[absmax[block]] * nested_absmax[block / kNestedBlock];
-        return product + offset;
-    }
-};
-
-uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if (value != value) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 float convert(float value, float*) { return value; }
 uint16_t convert(float value, uint16_t*) { return to_bfloat16(value); }
@@ -116,7 +90,7 @@ void slice_blocks(const Slice& slice, int64_t first, int64_t last, T* out, int32
         const int64_t stop = std::min(last, start + kRun);
         T* target = out + (start - first) * kBlock;
 #if defined(__x86_64__)
-        if (isa == kAvx512) {
+        if (isa >= kAvx512) {
             avx512_blocks(slice, start, stop, target);
             continue;
         }
@@ -125,18 +99,7 @@ void slice_blocks(const Slice& slice, int64_t first, int64_t last, T* out, int32
     }
 }
 
-int64_t divide_up(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
-
 }  // namespace
-
-// The widest instruction set this machine has a version for.
-extern "C" int32_t lorasrv_nf4_isa() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return kAvx512;
-#endif
-    return kPortable;
-}
 
 // Rows [start_row, start_row + num_rows) of a matrix of slices into out [num_rows, in_features], contiguous.
 // in_features is a multiple of 64, so that no block crosses a row; the caller has checked every size.
@@ -147,11 +110,12 @@ extern "C" void lorasrv_nf4_dequantize(const uint8_t* packed, const uint8_t* abs
     const int64_t row_blocks = in_features / kBlock;
     const int64_t stop_row = start_row + num_rows;
     int64_t slice_row = 0;
+    Slice slice{packed, absmax, nested_absmax, 0, levels, nested_codes};
     for (int64_t index = 0; index < num_slices; ++index) {
+        slice.offset = offset[index];
         const int64_t first_row = std::max(start_row, slice_row);
         const int64_t last_row = std::min(stop_row, slice_row + out_features[index]);
         if (first_row < last_row) {
-            const Slice slice{packed, absmax, nested_absmax, offset[index], levels, nested_codes};
             const int64_t first = (first_row - slice_row) * row_blocks;
             const int64_t last = (last_row - slice_row) * row_blocks;
             const int64_t position = (first_row - start_row) * in_features;
@@ -160,10 +124,7 @@ extern "C" void lorasrv_nf4_dequantize(const uint8_t* packed, const uint8_t* abs
             else
                 slice_blocks(slice, first, last, static_cast<float*>(out) + position, isa);
         }
-        const int64_t blocks = out_features[index] * row_blocks;
         slice_row += out_features[index];
-        packed += blocks * (kBlock / 2);
-        absmax += blocks;
-        nested_absmax += divide_up(blocks, kNestedBlock);
+        slice = slice.next(out_features[index] * row_blocks);
     }
 }

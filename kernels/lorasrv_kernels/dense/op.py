@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.dense import reference
+from lorasrv_kernels.dense import native, reference
 from lorasrv_kernels.errors import KernelError
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define("dense_linear_(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
 _library.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
+
+# through the dispatcher, so that the functional twin gains from every device's own version
+_linear_op = torch.ops.lorasrv.dense_linear_.default
 
 
 def check(x: Tensor, weight: Tensor, out: Tensor | None = None) -> None:
@@ -41,10 +44,16 @@ def _dense_linear_(x: Tensor, weight: Tensor, out: Tensor) -> None:
     reference.linear_(x.contiguous(), weight, out)
 
 
+def _dense_linear_cpu_(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    check(x, weight, out)
+    rows = x.contiguous()
+    if not native.linear_(rows, weight, out):
+        reference.linear_(rows, weight, out)
+
+
 def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    check(x, weight)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    reference.linear_(x.contiguous(), weight, out)
+    out = _shape(x, weight)
+    _linear_op(x, weight, out)
     return out
 
 
@@ -64,6 +73,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
 
 
 _library.impl("dense_linear_", _dense_linear_, "CompositeExplicitAutograd")
+_library.impl("dense_linear_", _dense_linear_cpu_, "CPU")
 _library.impl("dense_linear_", check, "Meta")
 _library.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
 _library.impl("dense_linear", _shape, "Meta")

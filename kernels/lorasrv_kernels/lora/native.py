@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.cpu import library
-from lorasrv_kernels.cpu.isa import Isa, widest_isa
+from lorasrv_kernels.cpu.isa import Isa, isa_in_use
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -40,7 +40,7 @@ def lora_apply_(
 
     Args:
         y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias: as the op takes them.
-        isa: one that the machine must have; None for the widest it has.
+        isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and y untouched, where there is no native version: library not built, neither float32 nor bfloat16,
@@ -77,7 +77,7 @@ def lora_apply_(
         base_rows.shape[0],
         None if bias is None else bias.data_ptr(),
         dtype,
-        widest_isa() if isa is None else isa,
+        isa_in_use() if isa is None else isa,
     )
     return True
 

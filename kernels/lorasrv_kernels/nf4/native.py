@@ -1,17 +1,21 @@
-"""Calls the native NF4 kernel. Knows its C interface; argument checks are the op's."""
+"""Calls the native NF4 kernels. Knows their C interface; argument checks are the op's."""
 
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasrv_kernels.cpu import library
+from lorasrv_kernels.cpu.isa import Isa, isa_in_use
+from lorasrv_kernels.cpu.linear import DTYPES, scratch, serving_isa
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, levels, nested_codes
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4 + [ctypes.c_void_p] + [ctypes.c_int32] * 2
+_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_DEQUANTIZE_ARGUMENTS = [_POINTER] * 7 + [_SIZE] * 4 + [_POINTER] + [_NUMBER] * 2
+_LINEAR_ARGUMENTS = [_POINTER] * 8 + [_SIZE] * 3 + [_POINTER] * 2 + [_NUMBER] * 3
 
 
 def dequantize_(
@@ -24,30 +28,28 @@ def dequantize_(
     start_row: int,
     out: Tensor,
     *,
-    isa: int | None = None,
+    isa: Isa | None = None,
 ) -> bool:
     """Writes the rows from `start_row` on into out [rows, I], with the reference's own bits.
 
     Args:
         packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out: as the op takes them.
-        isa: 0 for portable code, 1 for AVX-512, which the machine must have; None for the widest it has.
+        isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and out untouched, where there is no native version: library not built, I not a multiple of 64, or
         neither float32 nor bfloat16.
     """
-    dtype = _DTYPES.get(out.dtype)
-    kernel = _kernel()
-    if kernel is None or dtype is None or in_features % BLOCK_SIZE:
+    dtype, version = DTYPES.get(out.dtype), isa_in_use() if isa is None else isa
+    function = _function("lorasrv_nf4_dequantize", tuple(_DEQUANTIZE_ARGUMENTS))
+    if function is None or version is None or dtype is None or in_features % BLOCK_SIZE:
         return False
-    function, widest, tables = kernel
     function(
         packed.data_ptr(),
         absmax.data_ptr(),
         nested_absmax.data_ptr(),
         offset.data_ptr(),
-        tables[0].data_ptr(),
-        tables[1].data_ptr(),
+        *_tables(),
         _rows(tuple(out_features)),
         len(out_features),
         in_features,
@@ -55,27 +57,67 @@ def dequantize_(
         out.shape[0],
         out.data_ptr(),
         dtype,
-        widest if isa is None else isa,
+        version,
     )
     return True
 
 
-def widest_isa() -> int | None:
-    """The widest instruction set the kernel can use here, numbered as in `dequantize_`; None where it is not built."""
-    kernel = _kernel()
-    return None if kernel is None else kernel[1]
+def linear_(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    out: Tensor,
+    *,
+    isa: Isa | None = None,
+) -> bool:
+    """Writes x W^T into out [T, O]; x [T, I] contiguous.
+
+    Args:
+        x, packed, absmax, nested_absmax, offset, out_features, out: as the op takes them.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        False, and out untouched, where there is no native version: as in `dequantize_`, or only portable code.
+    """
+    num_tokens, in_features = x.shape
+    dtype, version = DTYPES.get(x.dtype), serving_isa() if isa is None else isa
+    function = _function("lorasrv_nf4_linear", tuple(_LINEAR_ARGUMENTS))
+    if function is None or version is None or dtype is None or in_features % BLOCK_SIZE or not in_features:
+        return False
+    threads = torch.get_num_threads()
+    function(
+        x.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        nested_absmax.data_ptr(),
+        offset.data_ptr(),
+        *_tables(),
+        _rows(tuple(out_features)),
+        len(out_features),
+        num_tokens,
+        in_features,
+        out.data_ptr(),
+        scratch(num_tokens, in_features, dtype, version, threads).data_ptr(),
+        dtype,
+        version,
+        threads,
+    )
+    return True
 
 
 @functools.cache
-def _kernel() -> tuple[Callable[..., None], int, tuple[Tensor, Tensor]] | None:
-    native = library.load()
-    if native is None:
-        return None
-    function = native.lorasrv_nf4_dequantize
-    function.argtypes = _ARGUMENTS
-    function.restype = None
+def _function(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    return library.function(name, arguments)
+
+
+@functools.cache
+def _tables() -> tuple[int, int]:
+    # the tensors live as long as the process
     cpu = torch.device("cpu")
-    return function, int(native.lorasrv_nf4_isa()), (levels(cpu), nested_codes(cpu))
+    return levels(cpu).data_ptr(), nested_codes(cpu).data_ptr()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,11 +18,9 @@ _library.define(f"nf4_linear_(Tensor x, {_STORAGE}, Tensor(a!) out) -> ()")
 _library.define(f"nf4_linear(Tensor x, {_STORAGE}) -> Tensor")
 _library.define(f"nf4_linear_grad(Tensor grad, {_STORAGE}, int in_features) -> Tensor")
 
-# through the dispatcher, so that linear layers gain from every device's own version
+# through the dispatcher, so that what is built on these gains from every device's own version
 _dequantize_op = torch.ops.lorasrv.nf4_dequantize_.default
-
-# through the dispatcher, so that linear layers gain from every device's own version
-_dequantize_op = torch.ops.lorasrv.nf4_dequantize_.default
+_linear_op = torch.ops.lorasrv.nf4_linear_.default
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What weights are dequantized to."""
@@ -116,13 +114,28 @@ def _nf4_linear_(
     )
 
 
+def _nf4_linear_cpu_(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    out: Tensor,
+) -> None:
+    check_linear(x, packed, absmax, nested_absmax, offset, out_features, out)
+    rows = x.contiguous()
+    if not native.linear_(rows, packed, absmax, nested_absmax, offset, out_features, out):
+        reference.linear_by_panels_(
+            rows, packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
+        )
+
+
 def _nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out_features: Sequence[int]
 ) -> Tensor:
     out = _linear_shape(x, packed, absmax, nested_absmax, offset, out_features)
-    reference.linear_by_panels_(
-        x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
-    )
+    _linear_op(x, packed, absmax, nested_absmax, offset, out_features, out)
     return out
 
 
@@ -178,6 +191,7 @@ _library.impl("nf4_dequantize_", _nf4_dequantize_, "CompositeExplicitAutograd")
 _library.impl("nf4_dequantize_", _nf4_dequantize_cpu_, "CPU")
 _library.impl("nf4_dequantize_", check_dequantize, "Meta")
 _library.impl("nf4_linear_", _nf4_linear_, "CompositeExplicitAutograd")
+_library.impl("nf4_linear_", _nf4_linear_cpu_, "CPU")
 _library.impl("nf4_linear_", check_linear, "Meta")
 _library.impl("nf4_linear", _nf4_linear, "CompositeExplicitAutograd")
 _library.impl("nf4_linear", _linear_shape, "Meta")

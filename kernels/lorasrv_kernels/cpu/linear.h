@@ -1,0 +1,48 @@
+// What a version of the linear layer for one instruction set offers to the driver (linear.cpp).
+//
+// Every version adds in one order, which depends on I alone: lane l of a sum takes every kLanes-th run of weights in
+// ascending order, and the lanes are added in a fixed tree at the end. How many rows and tokens are computed at a time
+// changes no bit.
+
+#pragma once
+
+#include <cstdint>
+
+#include "nf4_slice.h"
+
+constexpr int64_t kMaxPanelRows = 64;
+
+// x [tokens, I] and out [tokens, O], both with rows of their own stride.
+struct Tokens {
+    const void* x;
+    int64_t count;
+    int64_t in_features;
+    void* out;  // at the first output row of the call
+    int64_t out_stride;
+    bool bfloat16_out;
+};
+
+// Rows of codes of one slice, with their scales.
+struct CodeRows {
+    const uint8_t* packed;
+    const float* scales;  // [rows, I / 64]
+    const float* levels;  // [16]
+    int64_t rows;
+    bool bfloat16_weights;  // round weights to bfloat16, whatever the panel's type
+};
+
+struct LinearKernels {
+    int32_t element_bytes;     // of x and of a panel
+    int64_t few_tokens;        // up to here `multiply_codes` serves
+    // weights of `codes` into panel [rows, I], rows `stride` elements apart
+    void (*dequantize)(const CodeRows& codes, int64_t in_features, void* panel, int64_t stride);
+    // out = x W^T, W [rows, I], rows `stride` elements apart; at most kMaxPanelRows rows
+    void (*multiply)(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens);
+    // the same straight from the codes, without a panel
+    void (*multiply_codes)(const CodeRows& codes, const Tokens& tokens);
+};
+
+extern const LinearKernels kPortableLinear;
+extern const LinearKernels kAvx2Linear;
+extern const LinearKernels kAvx512Linear;
+extern const LinearKernels kAvx512Bf16Linear;

@@ -1,0 +1,184 @@
+// The linear layer of one instruction set, written over the few vector operations that its file defines before
+// including this one:
+//
+//     LORASRV_TARGET           attribute of every function
+//     Element                  of x and of panels: float, or uint16_t for bfloat16
+//     Vector, Sum, Table       registers of weights or x, of partial sums, of one block's scaled levels
+//     kStep, kLanes            elements of a Vector, sums of a Sum
+//     kTileRows, kTileTokens   sums held at a time
+//     load, store, zero, load_sum, store_sum, multiply_add, scaled_table, decode, add_lanes, round_sums
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t kDepth = 1024;  // elements of I at a time, so that a tile's rows stay in the first-level cache
+constexpr int kFewTokens = 8;       // computed straight from the codes
+
+// sums [N, kMaxPanelRows, kLanes] of R rows and N tokens over `steps` vectors
+template <int R, int N>
+LORASRV_TARGET void add_tile(const Element* weights, int64_t stride, const Element* x, int64_t x_stride, int64_t steps,
+                             bool first, float* sums) {
+    Sum sum[R][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n)
+            sum[r][n] = first ? zero() : load_sum(sums + (n * kMaxPanelRows + r) * kLanes);
+    for (int64_t step = 0; step < steps; ++step) {
+        Vector weight[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) weight[r] = load(weights + r * stride + step * kStep);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            const Vector token = load(x + n * x_stride + step * kStep);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) sum[r][n] = multiply_add(sum[r][n], weight[r], token);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) store_sum(sums + (n * kMaxPanelRows + r) * kLanes, sum[r][n]);
+}
+
+// the same over all of I, with weights straight from their codes
+template <int R, int N>
+LORASRV_TARGET void add_codes(const uint8_t* packed, const float* scales, const float* levels, bool round,
+                              const Element* x, int64_t in_features, float* sums) {
+    const int64_t blocks = in_features / kBlock;
+    Sum sum[R][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sum[r][n] = zero();
+    for (int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Table table = scaled_table(levels, scales[r * blocks + block], round);
+            const uint8_t* codes = packed + (r * blocks + block) * (kBlock / 2);
+#pragma GCC unroll 16
+            for (int part = 0; part < kBlock / kStep; ++part) {
+                const Vector weight = decode(table, codes, part);
+#pragma GCC unroll 16
+                for (int n = 0; n < N; ++n)
+                    sum[r][n] = multiply_add(sum[r][n], weight,
+                                             load(x + n * in_features + block * kBlock + part * kStep));
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) store_sum(sums + (n * kMaxPanelRows + r) * kLanes, sum[r][n]);
+}
+
+template <typename T>
+LORASRV_TARGET void copy(const T (&from)[kLanes], int64_t width, T* to) {
+    if (width == kLanes)
+        std::memcpy(to, from, sizeof from);
+    else
+        std::memcpy(to, from, width * sizeof(T));
+}
+
+// adds the lanes of `count` tokens' sums and writes them out
+LORASRV_TARGET void write_sums(const float* sums, int64_t rows, int64_t count, const Tokens& tokens, int64_t token) {
+    for (int64_t n = 0; n < count; ++n) {
+        for (int64_t row = 0; row < rows; row += kLanes) {
+            float results[kLanes];
+            add_lanes(sums + (n * kMaxPanelRows + row) * kLanes, results);
+            const int64_t width = std::min<int64_t>(kLanes, rows - row);
+            const int64_t position = (token + n) * tokens.out_stride + row;
+            if (tokens.bfloat16_out) {
+                uint16_t rounded[kLanes];
+                round_sums(results, rounded);
+                copy(rounded, width, static_cast<uint16_t*>(tokens.out) + position);
+            } else {
+                copy(results, width, static_cast<float*>(tokens.out) + position);
+            }
+        }
+    }
+}
+
+template <int N>
+LORASRV_TARGET void multiply_tokens(const Element* weights, int64_t stride, int64_t rows, const Tokens& tokens,
+                                    int64_t token) {
+    alignas(64) float sums[N * kMaxPanelRows * kLanes];
+    const Element* x = static_cast<const Element*>(tokens.x) + token * tokens.in_features;
+    // weights that are used once are read in the order in which they lie
+    const int64_t depth = tokens.count <= kTileTokens ? tokens.in_features : kDepth;
+    for (int64_t k = 0; k < tokens.in_features; k += depth) {
+        const int64_t steps = std::min(depth, tokens.in_features - k) / kStep;
+        int64_t row = 0;
+        for (; row + kTileRows <= rows; row += kTileRows)
+            add_tile<kTileRows, N>(weights + row * stride + k, stride, x + k, tokens.in_features, steps, k == 0,
+                                   sums + row * kLanes);
+        for (; row < rows; ++row)
+            add_tile<1, N>(weights + row * stride + k, stride, x + k, tokens.in_features, steps, k == 0,
+                           sums + row * kLanes);
+    }
+    write_sums(sums, rows, N, tokens, token);
+}
+
+template <int N>
+LORASRV_TARGET void multiply_few(const CodeRows& codes, const Tokens& tokens) {
+    alignas(64) float sums[N * kMaxPanelRows * kLanes];
+    const Element* x = static_cast<const Element*>(tokens.x);
+    const int64_t blocks = tokens.in_features / kBlock;
+    constexpr int kRows = N <= 6 ? 4 : 2;  // as many sums as there are registers
+    int64_t row = 0;
+    for (; row + kRows <= codes.rows; row += kRows)
+        add_codes<kRows, N>(codes.packed + row * blocks * (kBlock / 2), codes.scales + row * blocks, codes.levels,
+                        codes.bfloat16_weights, x, tokens.in_features, sums + row * kLanes);
+    for (; row < codes.rows; ++row)
+        add_codes<1, N>(codes.packed + row * blocks * (kBlock / 2), codes.scales + row * blocks, codes.levels,
+                        codes.bfloat16_weights, x, tokens.in_features, sums + row * kLanes);
+    write_sums(sums, codes.rows, N, tokens, 0);
+}
+
+LORASRV_TARGET void dequantize_rows(const CodeRows& codes, int64_t in_features, void* panel, int64_t stride) {
+    const int64_t blocks = in_features / kBlock;
+    for (int64_t row = 0; row < codes.rows; ++row) {
+        Element* out = static_cast<Element*>(panel) + row * stride;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const Table table =
+                scaled_table(codes.levels, codes.scales[row * blocks + block], codes.bfloat16_weights);
+            const uint8_t* packed = codes.packed + (row * blocks + block) * (kBlock / 2);
+            for (int part = 0; part < kBlock / kStep; ++part)
+                store(out + block * kBlock + part * kStep, decode(table, packed, part));
+        }
+    }
+}
+
+// the function for `count` tokens among those for 1 ... N
+template <int N>
+void multiply_count(int64_t count, const Element* weights, int64_t stride, int64_t rows, const Tokens& tokens,
+                    int64_t token) {
+    if (count == N)
+        multiply_tokens<N>(weights, stride, rows, tokens, token);
+    else if constexpr (N > 1)
+        multiply_count<N - 1>(count, weights, stride, rows, tokens, token);
+}
+
+template <int N>
+void multiply_few_count(const CodeRows& codes, const Tokens& tokens) {
+    if (tokens.count == N)
+        multiply_few<N>(codes, tokens);
+    else if constexpr (N > 1)
+        multiply_few_count<N - 1>(codes, tokens);
+}
+
+void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens) {
+    // tiles of almost equal width: a last tile of one token would cost as much as one of several
+    const int64_t tiles = (tokens.count + kTileTokens - 1) / kTileTokens;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t token = tile * tokens.count / tiles;
+        const int64_t count = (tile + 1) * tokens.count / tiles - token;
+        multiply_count<kTileTokens>(count, static_cast<const Element*>(weights), stride, rows, tokens, token);
+    }
+}
+
+constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, dequantize_rows, multiply_rows,
+                                 multiply_few_count<kFewTokens>};
+
+}  // namespace
