@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from lorasrv_kernels.attention import paged_attention, store_kv_
+from lorasrv_kernels.rowwise import rotate_
 from torch import Tensor
 
 from lorasrv.model.adapted_linear import AdaptedLinear
 from lorasrv.model.batch import StepBatch
 from lorasrv.model.config import ModelConfig
-from lorasrv.model.layers import RMSNorm, rotate_
+from lorasrv.model.layers import RMSNorm
 
 
 class Attention:

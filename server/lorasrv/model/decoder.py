@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from lorasrv_kernels.nf4 import NF4Weight
+from lorasrv_kernels.rowwise import silu_mul
 from torch import Tensor
 
 from lorasrv.model.adapted_linear import AdaptedLinear, Weight
@@ -14,7 +15,7 @@ from lorasrv.model.attention import Attention
 from lorasrv.model.base import ServedBase
 from lorasrv.model.batch import AdapterBatch, StepBatch
 from lorasrv.model.config import ModelConfig
-from lorasrv.model.layers import RMSNorm, RotaryTable, silu_mul
+from lorasrv.model.layers import RMSNorm, RotaryTable
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix, module_order
 from lorasrv.model.vocabulary import OutputHead, TokenEmbedding
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer between its products: norm, rotary positions, gated activation.
+"""The norm of a decoder layer, and the angles of rotary positions.
 
 Every function works row by row: a row's result has the same bits however many rows there are. Knows no weights but the
 norm's.
@@ -56,25 +56,6 @@ class RotaryTable:
     def lookup(self, positions: Tensor) -> Tensor:
         """positions: [T] int64, each below `num_positions`. Returns [T, 1, D]: cosines, then sines."""
         return self.table.index_select(0, positions).unsqueeze(1)
-
-
-def rotate_(heads: Tensor, angles: Tensor) -> None:
-    """Turns the two halves of every head by its position's angles, in place, in float32.
-
-    Args:
-        heads: [T, H, D], any strides.
-        angles: [T, 1, D] of `RotaryTable.lookup`.
-    """
-    first, second = heads.float().chunk(2, dim=-1)
-    cosine, sine = angles.chunk(2, dim=-1)
-    heads.copy_(torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1))
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [T, I]; the silu in float32. Returns a new contiguous [T, I]."""
-    wide = gate.float()
-    # silu and sigmoid take another path for the last few elements of a tensor, exp does not
-    return (wide / wide.neg().exp_().add_(1)).to(gate.dtype).mul_(up)
 
 
 def inverse_frequencies(config: RopeConfig, *, head_size: int) -> Tensor:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lorasrv.model.batch import AdapterBatch
-from lorasrv.model.layers import RMSNorm, RotaryTable, rotate_, silu_mul
+from lorasrv.model.layers import RMSNorm, RotaryTable
 from lorasrv.model.rope import RopeConfig
 from lorasrv_kernels.batch import SlotBatch
+from lorasrv_kernels.rowwise import rotate_, silu_mul
 from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb

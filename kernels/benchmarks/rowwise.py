@@ -1,0 +1,100 @@
+"""Times rotation and gated activation: the ops as this machine serves them, beside the PyTorch reference.
+
+    python kernels/benchmarks/rowwise.py [--threads 1] [--pairs 15] [--tokens 1,16,256]
+
+Heads 32 + 8 of size 64, and gates 8192 wide, as in a Llama of 1B parameters. Timed only if both agree. Op and reference
+alternate (ABBA); a ratio is the time of the op over that of the other in one pair. Beside it stands the op against
+itself: a ratio within its spread says nothing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from lorasrv_kernels.cpu.isa import widest_isa
+from lorasrv_kernels.rowwise import reference, rotate_, silu_mul
+
+MIN_SECONDS = 0.004
+
+Run = Callable[[], object]
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--tokens", default="1,16,256")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    isa = widest_isa()
+    print(f"rowwise, {'no native library' if isa is None else isa.name}, {arguments.threads} threads, ", end="")
+    print(f"torch {torch.__version__}, {arguments.pairs} pairs\n")
+    print("| op | dtype | T | op us | itself | PyTorch reference |")
+    print("|---|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in map(int, arguments.tokens.split(",")):
+            with torch.inference_mode():
+                for name, op, specification in candidates(tokens, dtype):
+                    seconds, *itself = compare(op, op, pairs=arguments.pairs)
+                    _, *ratio = compare(op, specification, pairs=arguments.pairs)
+                    cells = f"{1e6 * seconds:.1f} | {spread(*itself)} | {spread(*ratio)}"
+                    print(f"| {name} | {str(dtype)[6:]} | {tokens} | {cells} |", flush=True)
+
+
+def candidates(tokens: int, dtype: torch.dtype) -> list[tuple[str, Run, Run]]:
+    """Name, op and reference, both right.
+
+    Raises:
+        SystemExit: They differ.
+    """
+    heads = torch.randn(tokens, 48, 64).to(dtype)[:, :40]
+    turns = torch.rand(tokens, 1, 32) * 100
+    angles = torch.cat([turns.cos(), turns.sin()], dim=-1)
+    gate, up = torch.randn(tokens, 2 * 8192).to(dtype).chunk(2, dim=1)
+    turned, expected = heads.clone(), heads.clone()
+    rotate_(turned, angles)
+    reference.rotate_(expected, angles)
+    # one rounding to the dtype may fall the other way
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    product, specified = silu_mul(gate, up), reference.silu_mul(gate, up)
+    if not torch.equal(turned, expected) or not torch.allclose(product, specified, rtol=tolerance, atol=tolerance):
+        raise SystemExit("an op and its reference differ; no timing")
+    return [
+        ("rotate_", lambda: rotate_(heads, angles), lambda: reference.rotate_(heads, angles)),
+        ("silu_mul", lambda: silu_mul(gate, up), lambda: reference.silu_mul(gate, up)),
+    ]
+
+
+def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
+    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
+    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
+    times, ratios = [], []
+    for pair in range(pairs):
+        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
+        first, second = (once(run, repeats[run]) for run in order)
+        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
+        times.append(seconds)
+        ratios.append(seconds / other)
+    return statistics.median(times), *statistics.quantiles(ratios, n=4)
+
+
+def once(run: Run, repeats: int) -> float:
+    """Processor seconds per call, of all threads: other load on the machine does not count."""
+    run()
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - start) / repeats
+
+
+def spread(low: float, middle: float, high: float) -> str:
+    """A median with its quartiles."""
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Rotary positions and the gated activation: what lies between the products of a layer, row by row."""
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels.rowwise import op as _op  # noqa: F401  registers the ops
+
+__all__ = ["rotate_", "silu_mul"]
+
+
+def rotate_(heads: Tensor, angles: Tensor) -> None:
+    """Turns the two halves of every head by its position's angles, in place, in float32.
+
+    Args:
+        heads: [T, H, D], any strides, D even; changed in place.
+        angles: [T, 1, D] float32: the cosines of a position, then its sines.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    torch.ops.lorasrv.rotate_(heads, angles)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the silu in float32 and rounded once before it meets up.
+
+    Args:
+        gate, up: [T, I], any strides, of one dtype.
+
+    Returns:
+        A new contiguous [T, I].
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    result: Tensor = torch.ops.lorasrv.silu_mul(gate, up)
+    return result

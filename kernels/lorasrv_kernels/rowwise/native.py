@@ -1,0 +1,67 @@
+"""Calls the native row-wise kernels. Knows their C interface; argument checks are the ops'."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels.cpu import library
+from lorasrv_kernels.cpu.isa import Isa, isa_in_use
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+_KIND = (ctypes.c_int32, ctypes.c_int32)
+_SILU_ARGUMENTS = (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER, *_KIND)
+_ROTATE_ARGUMENTS = (_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, *_KIND)
+
+
+def rotate_(heads: Tensor, angles: Tensor, *, isa: Isa | None = None) -> bool:
+    """The rotation in place, as `lorasrv_kernels.rowwise.rotate_` states it, with the reference's own bits.
+
+    Args:
+        heads, angles: as the op takes them.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        False, and heads untouched, where there is no native version: library not built, neither float32 nor bfloat16,
+        or heads that are not contiguous.
+    """
+    functions, dtype = _functions(), _DTYPES.get(heads.dtype)
+    if functions is None or dtype is None or heads.stride(2) != 1:
+        return False
+    isa = isa_in_use() if isa is None else isa
+    angles = angles.contiguous()
+    num_rows, num_heads, size = heads.shape
+    place = (heads.data_ptr(), heads.stride(0), heads.stride(1), angles.data_ptr())
+    functions[0](*place, num_rows, num_heads, size // 2, dtype, isa)
+    return True
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | None:
+    """The gated activation, as `lorasrv_kernels.rowwise.silu_mul` states it.
+
+    Args:
+        gate, up: as the op takes them.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        [T, I]; None where there is no native version: library not built, or neither float32 nor bfloat16.
+    """
+    functions, dtype = _functions(), _DTYPES.get(gate.dtype)
+    if functions is None or dtype is None:
+        return None
+    isa = isa_in_use() if isa is None else isa
+    gate, up = (part if part.stride(1) == 1 else part.contiguous() for part in (gate, up))
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    rows = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr())
+    functions[1](*rows, *gate.shape, dtype, isa)
+    return out
+
+
+@functools.cache
+def _functions() -> tuple[Callable[..., None], Callable[..., None]] | None:
+    rotate = library.function("lorasrv_rotate", _ROTATE_ARGUMENTS)
+    silu = library.function("lorasrv_silu_mul", _SILU_ARGUMENTS)
+    return None if rotate is None or silu is None else (rotate, silu)

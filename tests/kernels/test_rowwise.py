@@ -1,0 +1,109 @@
+"""Rotation and gated activation: against float64, by every implementation, and row by row."""
+
+from functools import partial
+
+import pytest
+import torch
+from lorasrv_kernels.cpu.isa import Isa, widest_isa
+from lorasrv_kernels.errors import KernelError
+from lorasrv_kernels.rowwise import native, reference, rotate_, silu_mul
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16]
+# roundings of float32; one of the silu and one of the product in 16 bits
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def isas() -> list[Isa]:
+    """What is wider than AVX-512 runs as AVX-512."""
+    widest = widest_isa()
+    return [] if widest is None else [isa for isa in Isa if isa <= min(widest, Isa.AVX512)]
+
+
+def angles_of(num_rows: int, head_size: int) -> Tensor:
+    turns = torch.rand(num_rows, 1, head_size // 2) * 100
+    return torch.cat([turns.cos(), turns.sin()], dim=-1)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 63), (5, 100), (17, 704)], ids=str)
+def test_activation_equals_the_formula(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate, up = (4 * torch.randn(2, *shape)).to(dtype)
+    wide = gate.double()
+    expected = wide * wide.sigmoid() * up.double()
+    kernels = [silu_mul, reference.silu_mul]
+    if dtype != torch.float16:
+        kernels += [partial(native.silu_mul, isa=isa) for isa in isas()]
+    for kernel in kernels:
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(kernel(gate, up).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_activation_of_extreme_numbers() -> None:
+    gate = torch.tensor([[-200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 3e38, torch.inf, -torch.inf, torch.nan]])
+    expected = reference.silu_mul(gate, torch.ones_like(gate))
+    for isa in isas():
+        out = native.silu_mul(gate, torch.ones_like(gate), isa=isa)
+        # e^-88 is below the smallest normal number, and 0 here
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [2, 16, 48, 64, 100])
+def test_rotation_has_the_bits_of_the_reference(head_size: int, dtype: torch.dtype) -> None:
+    heads, angles = torch.randn(9, 5, head_size).to(dtype), angles_of(9, head_size)
+    expected = heads.clone()
+    reference.rotate_(expected, angles)
+    for isa in isas():
+        turned = heads.clone()
+        assert native.rotate_(turned, angles, isa=isa)
+        assert torch.equal(turned, expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_what_lies_apart_in_memory(dtype: torch.dtype) -> None:
+    fused, angles = torch.randn(6, 7, 32).to(dtype), angles_of(6, 32)
+    expected = fused.clone()
+    rotate_(fused[:, 1:5], angles)
+    reference.rotate_(expected[:, 1:5], angles)
+    assert torch.equal(fused, expected)
+    apart, together = torch.randn(6, 2, 64).to(dtype), torch.randn(6, 2, 32).to(dtype)
+    apart[:, :, ::2] = together
+    rotate_(apart[:, :, ::2], angles)
+    rotate_(together, angles)
+    assert torch.equal(apart[:, :, ::2], together)
+    gate, up = torch.randn(6, 200).to(dtype).split(100, dim=1)
+    assert torch.equal(silu_mul(gate, up), silu_mul(gate.contiguous(), up.T.contiguous().T))
+    assert silu_mul(gate, up).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_number_stands_changes_no_bit(dtype: torch.dtype, num_threads: int) -> None:
+    gate, up = (4 * torch.randn(2, 100, 1000)).to(dtype)
+    together = silu_mul(gate, up)
+    torch.set_num_threads(3 - num_threads)
+    assert torch.equal(silu_mul(gate, up), together)
+    assert torch.equal(silu_mul(gate[:, 3:], up[:, 3:]), together[:, 3:])
+    assert torch.equal(silu_mul(gate[7:8, :5], up[7:8, :5]), together[7:8, :5])
+
+
+def test_wide_instruction_sets_give_the_same_bits() -> None:
+    if Isa.AVX512 not in isas():
+        pytest.skip("no AVX-512, or native library not built")
+    gate, up = 4 * torch.randn(2, 10, 100)
+    assert torch.equal(native.silu_mul(gate, up, isa=Isa.AVX2), native.silu_mul(gate, up, isa=Isa.AVX512))
+
+
+def test_every_breach_of_the_contract_is_named() -> None:
+    with pytest.raises(KernelError, match=r"one shape \[T, I\] and dtype, got torch.float32 \[2, 3\]"):
+        silu_mul(torch.zeros(2, 3), torch.zeros(2, 3).half())
+    with pytest.raises(KernelError, match=r"D even, got \[2, 3, 5\]"):
+        rotate_(torch.zeros(2, 3, 5), torch.zeros(2, 1, 5))
+    with pytest.raises(KernelError, match=r"angles must be float32 \[2, 1, 4\], got torch.float32 \[2, 4\]"):
+        rotate_(torch.zeros(2, 3, 4), torch.zeros(2, 4))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.lorasrv.silu_mul.default, (*torch.randn(2, 3, 20),))
+    torch.library.opcheck(torch.ops.lorasrv.rotate_.default, (torch.randn(3, 2, 20), angles_of(3, 20)))
