@@ -77,6 +77,12 @@ class ServeConfig:
         "Answers that do not depend, bit for bit, on other requests; auto is on for the CPU and off for a GPU.",
         metavar="auto|on|off",
     )
+    cpu_isa: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"] = setting(
+        "auto",
+        choice("auto", "portable", "avx2", "avx512", "avx512_bf16"),
+        "The instruction set of native kernels on a CPU; auto takes the widest there is, others are for comparing.",
+        metavar="auto|portable|avx2|avx512|avx512_bf16",
+    )
     max_model_len: int | None = setting(
         None, integer, "The longest prompt plus answer, in tokens. Default: what the model allows.", metavar="N"
     )

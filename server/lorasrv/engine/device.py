@@ -6,6 +6,8 @@ Looks at the machine when asked, never at import. Knows the model's sizes; knows
 import os
 
 import torch
+from lorasrv_kernels.cpu.isa import force_isa
+from lorasrv_kernels.errors import KernelError
 
 from lorasrv.engine.kv_cache import num_blocks_for
 from lorasrv.engine.memory import DeviceMemory, image_elements
@@ -29,6 +31,18 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
     return torch.device("cuda:0" if has_cuda and name != "cpu" else "cpu")
+
+
+def choose_cpu_isa(name: str) -> None:
+    """Sets the instruction set of this process's native kernels; "auto" is the widest.
+
+    Raises:
+        ConfigError: the machine does not have it.
+    """
+    try:
+        force_isa(None if name == "auto" else name)
+    except KernelError as error:
+        raise ConfigError([f"cpu_isa: {error}"]) from error
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from lorasrv_kernels.cpu import library
 from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
-from lorasrv.engine.device import default_adapter_bytes, default_kv_bytes, resolve_device, resolve_dtype
+from lorasrv.engine.device import choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_device, resolve_dtype
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
@@ -73,6 +73,7 @@ class Backend:
             AdapterError: an adapter cannot be served.
         """
         device = resolve_device(config.device)
+        choose_cpu_isa(config.cpu_isa)
         dtype = resolve_dtype(config.dtype, device)
         folder = _base_folder(config)
         # before the weights are read, which takes long

@@ -4,10 +4,12 @@ import pytest
 import torch
 from lorasrv.config import ServeConfig
 from lorasrv.embedded import embedded_adapter_root, embedded_adapters, embedded_base
+from lorasrv.errors import ModelLoadError
 from lorasrv.model import loader
 from lorasrv.model.quantize_folder import quantize_folder
 from lorasrv.rpc.backend import Backend
 from lorasrv_adapters.errors import AdapterExistsError
+from lorasrv_kernels.cpu.isa import Isa, force_isa, forced_isa
 
 
 def test_loads_and_failures_are_counted_whoever_asks() -> None:
@@ -43,3 +45,12 @@ def test_a_server_starts_from_a_quantized_folder_without_quantizing(tmp_path, mo
         assert images[1] is not None
         # as bytes: float32 scales lie between the 16-bit numbers
         assert images[0].flat.view(torch.uint8).equal(images[1].flat.view(torch.uint8))
+
+
+def test_the_instruction_set_is_chosen_before_the_base_is_loaded() -> None:
+    try:
+        with pytest.raises(ModelLoadError):
+            Backend.load(ServeConfig(base="no-such-folder", cpu_isa="portable"))
+        assert forced_isa() is Isa.PORTABLE
+    finally:
+        force_isa(None)
