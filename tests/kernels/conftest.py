@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 from interpreter import INTERPRETING
+from lorasrv_kernels.attention import native as attention_native
 from lorasrv_kernels.cpu import isa, library
 from lorasrv_kernels.dense import native as dense_native
 from lorasrv_kernels.lora import native as lora_native
 from lorasrv_kernels.nf4 import native as nf4_native
+from lorasrv_kernels.rowwise import native as rowwise_native
 from lorasrv_kernels.workspace import Workspace
 from torch import Tensor
 
@@ -68,7 +70,8 @@ def triton_device() -> torch.device:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a compiler."""
-    functions = (dense_native._function, lora_native._function, nf4_native._function)
+    one = (dense_native._function, lora_native._function, nf4_native._function)
+    functions = (*one, attention_native._functions, rowwise_native._functions)
     monkeypatch.setattr(library, "PATH", Path("no-such-library.so"))
     for cached in (library.load, isa.widest_isa, *functions):
         cached.cache_clear()

@@ -236,6 +236,13 @@ def test_what_lies_apart_in_memory_is_read_and_stored(dtype: torch.dtype) -> Non
         assert torch.equal(out, wanted)
 
 
+@pytest.mark.usefixtures("without_library")
+def test_without_the_library_the_reference_serves() -> None:
+    kind = {"num_heads": 4, "num_kv_heads": 2, "dtype": torch.float32}
+    served = Sequences([70], **kind).step([(0, 0, 70)])[0]
+    assert torch.equal(served, Sequences([70], attend=by_reference, **kind).step([(0, 0, 70)])[0])
+
+
 def test_no_sequences() -> None:
     batch = AttentionBatch.from_spans([], tile_tokens=8)
     cache = torch.zeros(1, 2, 2, BLOCK_TOKENS, 16)

@@ -161,6 +161,14 @@ def test_a_neighbour_that_is_not_finite_changes_no_bit() -> None:
         assert result[3, :64].isnan().all()
 
 
+@pytest.mark.usefixtures("without_library")
+def test_without_the_library_the_reference_serves() -> None:
+    arena = Arena(64, [64, 32], torch.float32)
+    x, y = torch.randn(5, 64), torch.randn(5, 96)
+    expected = apply(arena, y, x, [0, 1, NO_SLOT, 3, 4], [64, 32], update=reference.lora_apply_)
+    assert torch.equal(apply(arena, y, x, [0, 1, NO_SLOT, 3, 4], [64, 32]), expected)
+
+
 def test_what_has_no_native_version_goes_to_the_reference() -> None:
     arena = Arena(64, [64, 32], torch.float32)
     batch = SlotBatch.from_slots([0, 1])

@@ -95,6 +95,19 @@ def test_wide_instruction_sets_give_the_same_bits() -> None:
     assert torch.equal(native.silu_mul(gate, up, isa=Isa.AVX2), native.silu_mul(gate, up, isa=Isa.AVX512))
 
 
+@pytest.mark.usefixtures("without_library")
+def test_without_the_library_the_reference_serves() -> None:
+    gate, up = torch.randn(2, 3, 100)
+    assert native.silu_mul(gate, up) is None
+    assert torch.equal(silu_mul(gate, up), reference.silu_mul(gate, up))
+    heads, angles = torch.randn(3, 2, 20), angles_of(3, 20)
+    assert not native.rotate_(heads, angles)
+    expected = heads.clone()
+    reference.rotate_(expected, angles)
+    rotate_(heads, angles)
+    assert torch.equal(heads, expected)
+
+
 def test_every_breach_of_the_contract_is_named() -> None:
     with pytest.raises(KernelError, match=r"one shape \[T, I\] and dtype, got torch.float32 \[2, 3\]"):
         silu_mul(torch.zeros(2, 3), torch.zeros(2, 3).half())

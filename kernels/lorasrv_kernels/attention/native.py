@@ -102,10 +102,6 @@ def paged_attention(
 
 @functools.cache
 def _functions() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    native = library.load()
-    if native is None:
-        return None
-    attention, store = native.lorasrv_paged_attention, native.lorasrv_store_kv
-    attention.argtypes, store.argtypes = _ATTENTION_ARGUMENTS, _STORE_ARGUMENTS
-    attention.restype = store.restype = None
-    return attention, store
+    attention = library.function("lorasrv_paged_attention", _ATTENTION_ARGUMENTS)
+    store = library.function("lorasrv_store_kv", _STORE_ARGUMENTS)
+    return None if attention is None or store is None else (attention, store)

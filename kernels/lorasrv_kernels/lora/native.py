@@ -89,13 +89,7 @@ def _plain(rows: Tensor, weights: Tensor, tile_slots: Tensor, tile_starts: Tenso
 
 @functools.cache
 def _function() -> Callable[..., None] | None:
-    native = library.load()
-    if native is None:
-        return None
-    function = native.lorasrv_lora_apply
-    function.argtypes = _ARGUMENTS
-    function.restype = None
-    return function
+    return library.function("lorasrv_lora_apply", _ARGUMENTS)
 
 
 @functools.lru_cache(maxsize=1024)
