@@ -8,11 +8,9 @@ stands the op against itself: a ratio within its spread says nothing. GB/s are b
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from interleaved import compare, spread
 from lorasrv_kernels.batch import SlotBatch
 from lorasrv_kernels.cpu.isa import widest_isa
 from lorasrv_kernels.lora import lora_apply_, reference
@@ -20,10 +18,7 @@ from lorasrv_kernels.table import ABSENT_ROW, Column
 from torch import Tensor
 
 RANKS = (8, 16, 32, 8, 16, 32, 8, 16)
-MIN_SECONDS = 0.004
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Run = Callable[[], object]
 
 
 def main() -> None:
@@ -95,33 +90,6 @@ def exact(x: Tensor, arena: Tensor, table: Tensor, slots: list[int], out_feature
         shrunk = arena[a : a + rank * x.shape[1]].view(rank, -1).double() @ token
         rows.append(shrunk @ arena[b_t : b_t + rank * out_features].view(rank, -1).double())
     return torch.stack(rows)
-
-
-def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
-    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
-    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
-    times, ratios = [], []
-    for pair in range(pairs):
-        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
-        first, second = (once(run, repeats[run]) for run in order)
-        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
-        times.append(seconds)
-        ratios.append(seconds / other)
-    return statistics.median(times), *statistics.quantiles(ratios, n=4)
-
-
-def once(run: Run, repeats: int) -> float:
-    """Processor seconds per call, of all threads: other load on the machine does not count."""
-    run()
-    start = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - start) / repeats
-
-
-def spread(low: float, middle: float, high: float) -> str:
-    """A median with its quartiles."""
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Seconds are the processor's where one thread runs, so that other processes distu
 
 import argparse
 import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from interleaved import compare
 from lorasrv_kernels.cpu.isa import force_isa, isa_in_use
 from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.dense.reference import linear_ as dense_tiles_
@@ -24,10 +23,7 @@ from lorasrv_kernels.nf4.reference import linear_by_panels_ as nf4_by_panels_
 from torch import Tensor
 from torch.nn.functional import linear
 
-MIN_SECONDS = 0.004
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Run = Callable[[], object]
 
 
 def main() -> None:
@@ -112,30 +108,6 @@ def bitsandbytes_linear(source: Tensor, x: Tensor) -> Callable[[], Tensor]:
         from bitsandbytes import functional
     packed, state = functional.quantize_4bit(source, blocksize=64, quant_type="nf4", compress_statistics=True)
     return lambda: linear(x, functional.dequantize_4bit(packed, state))
-
-
-def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
-    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
-    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
-    times, ratios = [], []
-    for pair in range(pairs):
-        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
-        first, second = (once(run, repeats[run]) for run in order)
-        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
-        times.append(seconds)
-        ratios.append(seconds / other)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return statistics.median(times), low, middle, high
-
-
-def once(run: Run, repeats: int) -> float:
-    """Seconds per call."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    run()
-    start = clock()
-    for _ in range(repeats):
-        run()
-    return (clock() - start) / repeats
 
 
 def cpu_name() -> str:

@@ -9,11 +9,9 @@ time, where every sequence reads its own once.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from interleaved import compare, spread
 from lorasrv_kernels.attention import (
     BLOCK_TOKENS,
     AttentionBatch,
@@ -30,10 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 CASES = ((1, 1024, 1), (8, 256, 1), (8, 1024, 1), (16, 1024, 1), (1, 0, 256), (1, 768, 256))
 """Sequences, context before the step, tokens of each in the step."""
 
-MIN_SECONDS = 0.004
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Run = Callable[[], object]
 
 
 def main() -> None:
@@ -101,33 +96,6 @@ def exact(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
     mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - queries.shape[2])
     out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
-    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
-    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
-    times, ratios = [], []
-    for pair in range(pairs):
-        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
-        first, second = (once(run, repeats[run]) for run in order)
-        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
-        times.append(seconds)
-        ratios.append(seconds / other)
-    return statistics.median(times), *statistics.quantiles(ratios, n=4)
-
-
-def once(run: Run, repeats: int) -> float:
-    """Processor seconds per call, of all threads: other load on the machine does not count."""
-    run()
-    start = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - start) / repeats
-
-
-def spread(low: float, middle: float, high: float) -> str:
-    """A median with its quartiles."""
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

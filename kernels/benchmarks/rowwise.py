@@ -8,17 +8,11 @@ itself: a ratio within its spread says nothing.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from interleaved import Run, compare, spread
 from lorasrv_kernels.cpu.isa import widest_isa
 from lorasrv_kernels.rowwise import reference, rotate_, silu_mul
-
-MIN_SECONDS = 0.004
-
-Run = Callable[[], object]
 
 
 def main() -> None:
@@ -67,33 +61,6 @@ def candidates(tokens: int, dtype: torch.dtype) -> list[tuple[str, Run, Run]]:
         ("rotate_", lambda: rotate_(heads, angles), lambda: reference.rotate_(heads, angles)),
         ("silu_mul", lambda: silu_mul(gate, up), lambda: reference.silu_mul(gate, up)),
     ]
-
-
-def compare(candidate: Run, baseline: Run, *, pairs: int) -> tuple[float, float, float, float]:
-    """Seconds of the candidate (median), and quartiles of the ratio candidate / baseline."""
-    repeats = {run: max(1, int(MIN_SECONDS / once(run, 1))) for run in (candidate, baseline)}
-    times, ratios = [], []
-    for pair in range(pairs):
-        order = (candidate, baseline) if pair % 2 == 0 else (baseline, candidate)
-        first, second = (once(run, repeats[run]) for run in order)
-        seconds, other = (first, second) if pair % 2 == 0 else (second, first)
-        times.append(seconds)
-        ratios.append(seconds / other)
-    return statistics.median(times), *statistics.quantiles(ratios, n=4)
-
-
-def once(run: Run, repeats: int) -> float:
-    """Processor seconds per call, of all threads: other load on the machine does not count."""
-    run()
-    start = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - start) / repeats
-
-
-def spread(low: float, middle: float, high: float) -> str:
-    """A median with its quartiles."""
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":
