@@ -56,6 +56,7 @@ class _Planner:
         self._config = config
         self._base = base
         self._embedding, self._head = find_kind(base, "embedding"), find_kind(base, "head")
+        self._ranks, self._alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
         self.reasons: list[str] = []
 
     def plans(self) -> dict[str, ModulePlan]:
@@ -63,13 +64,12 @@ class _Planner:
         tied = self._tie(targeted, replaced, row_ids)
         self._check_patterns(targeted)
         self._check_conflicts(targeted, replaced, row_ids)
-        ranks, alphas = PatternTable(self._config.rank_pattern), PatternTable(self._config.alpha_pattern)
         plans = {}
         for name, module in self._base.modules.items():
             plan = ModulePlan(
                 base=module,
-                rank=ranks.find(name, self._config.rank) if name in targeted else None,
-                alpha=alphas.find(name, self._config.alpha),
+                rank=self._ranks.find(name, self._config.rank) if name in targeted else None,
+                alpha=self._alphas.find(name, self._config.alpha) if name in targeted else 1.0,
                 replaced=name in replaced,
                 row_ids=row_ids.get(name, ()),
                 bias=module.bias is not None and self._brings_bias(name, targeted),
@@ -158,8 +158,8 @@ class _Planner:
             self.reasons.append(f"{name}: init_lora_weights=mica has ranks up to {min(plan.base.weight_shape)}")
 
     def _check_patterns(self, targeted: Iterable[str]) -> None:
-        for key, table in (("rank_pattern", self._config.rank_pattern), ("alpha_pattern", self._config.alpha_pattern)):
-            unmatched = PatternTable(table).unmatched(targeted)
+        for key, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            unmatched = table.unmatched(targeted)
             self.reasons += [f"{key} names {pattern[:200]!r}, which matches no adapted module" for pattern in unmatched]
 
     def _check_conflicts(self, targeted: set[str], replaced: set[str], row_ids: Mapping[str, object]) -> None:
