@@ -15,7 +15,10 @@ TILE_ROWS = 16
 """Token rows that one product takes at a time. Fixed, so that a row's result does not depend on how many there are."""
 
 NO_SLOT = -1
-"""The slot of a row that uses the plain base."""
+"""The slot of a row that uses the plain base, and of a tile without rows."""
+
+NO_ROW = -1
+"""What stands in `base_rows` for no row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,9 @@ class SlotBatch:
     """Token row -> list of (slot, weight), cut into tiles of rows that share a slot.
 
     Rows of the plain base have no entry and cost nothing. E entries are sorted by slot; K tiles cover them in order.
+
+    Every tensor may be longer than its step needs, so that one captured CUDA graph serves many steps: the last tiles
+    are of `NO_SLOT` and have no entries, `base_rows` may end in `NO_ROW`, and no tile reaches the last entries.
     """
 
     rows: Tensor  # [E] int64
@@ -35,15 +41,20 @@ class SlotBatch:
     """First entry of each tile; a tile has at most `TILE_ROWS` entries."""
     base_rows: Tensor  # [T'] int64
     """The token rows without an entry, ascending."""
+    composed: bool = False
+    """Whether a row may have several entries."""
+    exact: bool = True
+    """Whether a row's bits must not depend on its neighbours, where giving that up is faster."""
 
     @classmethod
-    def from_slots(cls, slots: Sequence[int], *, device: torch.device | str = "cpu") -> "SlotBatch":
+    def from_slots(cls, slots: Sequence[int], *, device: torch.device | str = "cpu", exact: bool = True) -> "SlotBatch":
         """One slot per token row with weight 1; `NO_SLOT` for the plain base."""
-        return cls.from_entries([[(slot, 1.0)] if slot != NO_SLOT else [] for slot in slots], device=device)
+        entries = [[(slot, 1.0)] if slot != NO_SLOT else [] for slot in slots]
+        return cls.from_entries(entries, device=device, exact=exact)
 
     @classmethod
     def from_entries(
-        cls, entries: Sequence[Sequence[tuple[int, float]]], *, device: torch.device | str = "cpu"
+        cls, entries: Sequence[Sequence[tuple[int, float]]], *, device: torch.device | str = "cpu", exact: bool = True
     ) -> "SlotBatch":
         """A list of (slot, weight) per token row."""
         flat = sorted(((slot, row, weight) for row, pairs in enumerate(entries) for slot, weight in pairs))
@@ -62,9 +73,11 @@ class SlotBatch:
             base_rows=torch.tensor(
                 [row for row, pairs in enumerate(entries) if not pairs], dtype=torch.int64, device=device
             ),
+            composed=any(len(pairs) > 1 for pairs in entries),
+            exact=exact,
         )
 
     @property
     def num_entries(self) -> int:
-        """Entries over all rows; 0 when every row uses the plain base."""
+        """Entries over all rows, those that no tile reaches included; 0 when every row uses the plain base."""
         return len(self.rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_arena import Arena, popularity
+from lora_arena import Arena, popularity, with_tail
 from lorasrv_kernels.batch import NO_SLOT, TILE_ROWS, SlotBatch
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.lora import lora_apply_, lora_embed_, native, reference
@@ -206,6 +206,29 @@ def test_non_contiguous_rows_and_outputs() -> None:
     expected = apply(arena, y[:, :96].contiguous(), x[:, ::2].contiguous(), slots, [64, 32])
     lora_apply_(y[:, :96], x[:, ::2], arena.data, arena.table, out_features=[64, 32], slots=SlotBatch.from_slots(slots))
     assert torch.equal(y[:, :96], expected)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "identical", "base only"])
+def test_tensors_longer_than_the_step_change_no_bit(kind: str) -> None:
+    torch.manual_seed(0)
+    arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(8, 100), torch.randn(8, 159)
+    slots, bias = popularity(kind, 8), torch.randn(159)
+    batch = with_tail(SlotBatch.from_slots(slots), num_rows=8)
+    tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows)
+    for name, update in updates(torch.float32).items():
+        actual = y.clone()
+        update(actual, x, arena.data, arena.table, [96, 63], *tiles, bias)
+        assert torch.equal(actual, apply(arena, y, x, slots, [96, 63], bias, update=update)), name
+
+
+def test_an_embedding_takes_tensors_longer_than_the_step() -> None:
+    arena = Arena(VOCAB, [96], torch.float32, transposed_a=True)
+    tokens, slots = torch.arange(4), [0, 3, NO_SLOT, 0]
+    expected, actual = torch.ones(4, 96), torch.ones(4, 96)
+    batch = SlotBatch.from_slots(slots)
+    lora_embed_(expected, tokens, arena.data, arena.table[:, 0], slots=batch)
+    lora_embed_(actual, tokens, arena.data, arena.table[:, 0], slots=with_tail(batch, num_rows=4))
+    assert torch.equal(actual, expected)
 
 
 def test_tiles_cover_every_entry_once() -> None:

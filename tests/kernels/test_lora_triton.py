@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
-from lora_arena import Arena, popularity
+from lora_arena import Arena, popularity, with_tail
 from lorasrv_kernels.batch import NO_SLOT, SlotBatch
 from lorasrv_kernels.lora import reference
 from lorasrv_kernels.table import ABSENT, Column
@@ -17,7 +17,7 @@ from lorasrv_kernels.lora import triton_kernels
 VOCAB = 40
 MAX_RANK = 128
 # several planes, blocks of ranks and blocks of columns at sizes that the interpreter gets through
-SMALL = replace(triton_kernels.TILING, block_i=64, min_plane=64, block_r=32, block_o=64)
+SMALL = replace(triton_kernels.TILING, block_i=64, min_plane=64, block_r=32, block_o=64, row_block_i=32)
 TOLERANCE = {
     # two orders of addition over at most 128 features and 128 ranks
     torch.float32: {"rtol": 1e-5, "atol": 3e-5},
@@ -59,6 +59,8 @@ def apply(
         *slot_tensors(batch, device),
         None if bias is None else bias.to(device),
         max_rank,
+        batch.composed,
+        batch.exact,
         tiling=tiling,
     )
     return result.cpu()
@@ -74,13 +76,20 @@ def expect(
 
 
 def check(
-    device: torch.device, slots: list[int], in_features: int, out_features: list[int], dtype: torch.dtype, *, bias: bool
+    device: torch.device,
+    slots: list[int],
+    in_features: int,
+    out_features: list[int],
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    exact: bool = True,
 ) -> None:
     torch.manual_seed(0)
     arena = Arena(in_features, out_features, dtype)
     x, y = torch.randn(len(slots), in_features).to(dtype), torch.randn(len(slots), sum(out_features)).to(dtype)
     own = torch.randn(sum(out_features)).to(dtype) if bias else None
-    batch = SlotBatch.from_slots(slots)
+    batch = SlotBatch.from_slots(slots, exact=exact)
     result = apply(device, arena, y, x, batch, out_features, own)
     torch.testing.assert_close(result, expect(arena, y, x, batch, out_features, own), **TOLERANCE[dtype])
 
@@ -88,21 +97,25 @@ def check(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical", "skewed", "base only"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_any_popularity(kind: str, bias: bool, triton_device: torch.device) -> None:
-    check(triton_device, popularity(kind, 20), 100, [96, 63], torch.float32, bias=bias)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_any_popularity(kind: str, bias: bool, exact: bool, triton_device: torch.device) -> None:
+    check(triton_device, popularity(kind, 20), 100, [96, 63], torch.float32, bias=bias, exact=exact)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("in_features", [1, 63, 100, 128])
 @pytest.mark.parametrize("out_features", [[1], [63], [100], [128], [1, 128], [100, 63]])
-def test_any_size(in_features: int, out_features: list[int], triton_device: torch.device) -> None:
-    check(triton_device, [0, 4, 1, NO_SLOT, 0], in_features, out_features, torch.float32, bias=True)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_any_size(in_features: int, out_features: list[int], exact: bool, triton_device: torch.device) -> None:
+    check(triton_device, [0, 4, 1, NO_SLOT, 0], in_features, out_features, torch.float32, bias=True, exact=exact)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_any_dtype(dtype: torch.dtype, triton_device: torch.device) -> None:
-    check(triton_device, popularity("uniform", 20), 128, [100, 63], dtype, bias=True)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_any_dtype(dtype: torch.dtype, exact: bool, triton_device: torch.device) -> None:
+    slots = [*popularity("uniform", 16), 4] if exact else [0, 1, 2, 3, 4, 4, NO_SLOT]
+    check(triton_device, slots, 128, [100, 63], dtype, bias=True, exact=exact)
 
 
 @pytest.mark.gpu
@@ -113,10 +126,37 @@ def test_smallest_batches(slots: list[int], bias: bool, triton_device: torch.dev
 
 
 @pytest.mark.gpu
-def test_the_tiling_that_serves(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+@pytest.mark.parametrize("kind", ["uniform", "identical", "base only", "distinct"])
+def test_tensors_longer_than_the_step_change_no_bit(kind: str, exact: bool, triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(8, 100), torch.randn(8, 159)
+    batch, bias = SlotBatch.from_slots(popularity(kind, 8), exact=exact), torch.randn(159)
+    for own in (None, bias):
+        expected = apply(triton_device, arena, y, x, batch, [96, 63], own)
+        actual = apply(triton_device, arena, y, x, with_tail(batch, num_rows=8), [96, 63], own)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_a_row_alone_takes_its_own_programs(triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(4, 100), torch.randn(4, 159)
+    alone, shared = ([0, 2, 3, 4], [2, 2, 3, 3])
+    for slots, same in ((alone, False), (shared, True)):
+        exact = apply(triton_device, arena, y, x, SlotBatch.from_slots(slots), [96, 63])
+        other = apply(triton_device, arena, y, x, SlotBatch.from_slots(slots, exact=False), [96, 63])
+        # sums over 100 features in another order
+        torch.testing.assert_close(other, exact, **TOLERANCE[torch.float32])
+        assert torch.equal(other, exact) == same
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_the_tiling_that_serves(exact: bool, triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(1100, [96, 63], torch.float32), torch.randn(6, 1100), torch.randn(6, 159)
-    batch = SlotBatch.from_slots([0, 1, 2, 3, 4, 0])
+    batch = SlotBatch.from_slots([0, 1, 2, 3, 4, 0], exact=exact)
     result = apply(triton_device, arena, y, x, batch, [96, 63], tiling=triton_kernels.TILING)
     # as above, over 1100 features of a 33rd of the size
     torch.testing.assert_close(result, expect(arena, y, x, batch, [96, 63]), **TOLERANCE[torch.float32])
@@ -145,10 +185,11 @@ def test_no_bound_on_ranks_changes_a_bit(triton_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_ranks_beyond_the_bound_are_not_a_number(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_ranks_beyond_the_bound_are_not_a_number(exact: bool, triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(3, 100), torch.randn(3, 159)
-    batch = SlotBatch.from_slots([0, 2, 4])
+    batch = SlotBatch.from_slots([0, 2, 4], exact=exact)
     expected = expect(arena, y, x, batch, [96, 63])
     expected[1:, :96] = torch.nan
     result = apply(triton_device, arena, y, x, batch, [96, 63], max_rank=16)
@@ -156,11 +197,13 @@ def test_ranks_beyond_the_bound_are_not_a_number(triton_device: torch.device) ->
 
 
 @pytest.mark.gpu
-def test_rows_of_several_slots(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_rows_of_several_slots(exact: bool, triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena, x, y = Arena(100, [96, 63], torch.float32), torch.randn(20, 100), torch.randn(20, 159)
     arena.table[:, :, [Column.D, Column.BIAS]] = ABSENT
-    batch = SlotBatch.from_entries([[(row % 3, 0.7), (3, -0.3), (4, 1.0)] if row % 5 else [] for row in range(20)])
+    entries = [[(row % 3, 0.7), (3, -0.3), *[(4, 1.0)] * (row == 6)] if row % 5 else [] for row in range(20)]
+    batch = SlotBatch.from_entries(entries, exact=exact)
     result = apply(triton_device, arena, y, x, batch, [96, 63])
     torch.testing.assert_close(result, expect(arena, y, x, batch, [96, 63]), **TOLERANCE[torch.float32])
 
@@ -195,16 +238,18 @@ def test_a_scale_without_ranks(triton_device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("composed", [False, True], ids=["one-slot", "several-slots"])
-def test_embedding(dtype: torch.dtype, composed: bool, triton_device: torch.device) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "inexact"])
+def test_embedding(dtype: torch.dtype, composed: bool, exact: bool, triton_device: torch.device) -> None:
     torch.manual_seed(0)
     arena = Arena(VOCAB, [100], dtype, transposed_a=True)
-    slots = popularity("uniform", 20)
-    batch = SlotBatch.from_slots(slots)
+    slots = [0, 1, 2, 3, 4, NO_SLOT] if not exact else popularity("uniform", 20)
+    batch = SlotBatch.from_slots(slots, exact=exact)
     if composed:
         arena.table[:, :, Column.D] = ABSENT
-        batch = SlotBatch.from_entries([[(slot, 0.5), (2, 1.0)] if slot not in (NO_SLOT, 2) else [] for slot in slots])
+        entries = [[(slot, 0.5), (2, 1.0)] if slot not in (NO_SLOT, 2) else [] for slot in slots]
+        batch = SlotBatch.from_entries(entries, exact=exact)
     arena.table[:, :, Column.BIAS] = ABSENT
-    ids, y = torch.arange(20) * 7 % VOCAB, torch.randn(20, 100).to(dtype)
+    ids, y = torch.arange(len(slots)) * 7 % VOCAB, torch.randn(len(slots), 100).to(dtype)
     expected, result = y.clone(), y.to(triton_device, copy=True)
     tables = slot_tensors(batch, torch.device("cpu"))[:-1]
     reference.lora_embed_(expected, ids, arena.data, arena.table[:, 0], *tables)
@@ -212,6 +257,8 @@ def test_embedding(dtype: torch.dtype, composed: bool, triton_device: torch.devi
         result,
         *(tensor.to(triton_device) for tensor in (ids, arena.data, arena.table[:, 0])),
         *slot_tensors(batch, triton_device),
+        batch.composed,
+        batch.exact,
         tiling=SMALL,
     )
     tolerance = dict(TOLERANCE[dtype])

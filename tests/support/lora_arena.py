@@ -1,7 +1,9 @@
 """Slots of every rank, some with a scale or a bias, and token rows that use them."""
 
+from dataclasses import replace
+
 import torch
-from lorasrv_kernels.batch import NO_SLOT
+from lorasrv_kernels.batch import NO_ROW, NO_SLOT, SlotBatch
 from lorasrv_kernels.table import ABSENT, ABSENT_ROW, Column, floats_at
 
 RANKS = [[8, 3], [0, 1], [64, 0], [16, 16], [128, 5]]  # slot -> rank per slice
@@ -67,6 +69,22 @@ class Arena:
         if entry[Column.BIAS] != ABSENT:
             bias = floats_at(self.data, entry[Column.BIAS], width).double()
         return b_t.T @ (a.T if self.transposed_a else a), d, bias
+
+
+def with_tail(batch: SlotBatch, *, num_rows: int) -> SlotBatch:
+    """The same step in tensors that serve any step of `num_rows` rows; what no tile reaches is out of range."""
+
+    def longer(tensor: torch.Tensor, size: int, value: float) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_full((size - len(tensor),), value)])
+
+    return replace(
+        batch,
+        rows=longer(batch.rows, num_rows, 1 << 40),
+        weights=longer(batch.weights, num_rows, torch.nan),
+        tile_slots=longer(batch.tile_slots, num_rows, NO_SLOT),
+        tile_starts=longer(batch.tile_starts, num_rows + 1, int(batch.tile_starts[-1])),
+        base_rows=longer(batch.base_rows, num_rows, NO_ROW),
+    )
 
 
 def popularity(kind: str, tokens: int) -> list[int]:

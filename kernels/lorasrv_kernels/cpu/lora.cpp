@@ -210,6 +210,9 @@ extern "C" void lorasrv_lora_apply(void* y, int64_t y_stride, const void* x, int
                                    const float* weights, const int32_t* tile_slots, const int32_t* tile_starts,
                                    int64_t num_tiles, const int64_t* base_rows, int64_t num_base_rows,
                                    const void* base_bias, int32_t dtype, int32_t isa) {
+    // batches of a fixed size end in tiles and rows that are not there
+    while (num_tiles && tile_slots[num_tiles - 1] < 0) --num_tiles;
+    while (num_base_rows && base_rows[num_base_rows - 1] < 0) --num_base_rows;
     const auto run = [&](auto* element) {
         using E = std::remove_pointer_t<decltype(element)>;
         apply<E>({static_cast<E*>(y), y_stride, static_cast<const E*>(x), x_stride, in_features,

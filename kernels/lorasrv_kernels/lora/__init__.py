@@ -56,6 +56,8 @@ def lora_apply_(
         slots.base_rows,
         bias,
         max_rank,
+        slots.composed,
+        slots.exact,
     )
 
 
@@ -76,5 +78,15 @@ def lora_embed_(y: Tensor, tokens: Tensor, arena: Tensor, table: Tensor, *, slot
         KernelError: shapes or dtypes break this contract.
     """
     torch.ops.lorasrv.lora_embed_(
-        y, tokens, arena, table, slots.rows, slots.weights, slots.tile_slots, slots.tile_starts, slots.base_rows
+        y,
+        tokens,
+        arena,
+        table,
+        slots.rows,
+        slots.weights,
+        slots.tile_slots,
+        slots.tile_starts,
+        slots.base_rows,
+        slots.composed,
+        slots.exact,
     )

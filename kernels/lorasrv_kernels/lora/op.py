@@ -14,11 +14,12 @@ _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define(
     "lora_apply_(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, int[] out_features, "
     "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows, Tensor? bias, "
-    "int max_rank=0) -> ()"
+    "int max_rank=0, bool composed=False, bool exact=True) -> ()"
 )
 _library.define(
     "lora_embed_(Tensor(a!) y, Tensor tokens, Tensor arena, Tensor table, "
-    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows) -> ()"
+    "Tensor rows, Tensor weights, Tensor tile_slots, Tensor tile_starts, Tensor base_rows, "
+    "bool composed=False, bool exact=True) -> ()"
 )
 
 
@@ -35,8 +36,11 @@ def check_apply(
     base_rows: Tensor,
     bias: Tensor | None,
     max_rank: int = 0,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_apply_`."""
+    del composed, exact
     width = sum(out_features)
     wrong = []
     if x.ndim != 2:
@@ -66,8 +70,11 @@ def check_embed(
     tile_slots: Tensor,
     tile_starts: Tensor,
     base_rows: Tensor,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_embed_`."""
+    del composed, exact
     wrong = []
     if tokens.ndim != 1 or tokens.dtype != torch.int64:
         wrong.append(f"tokens must be int64 [T], got {list(tokens.shape)}")
@@ -117,7 +124,10 @@ def _apply(
     base_rows: Tensor,
     bias: Tensor | None,
     max_rank: int = 0,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
+    del composed, exact
     check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
     reference.lora_apply_(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
 
@@ -135,7 +145,10 @@ def _apply_cpu(
     base_rows: Tensor,
     bias: Tensor | None,
     max_rank: int = 0,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
+    del composed, exact
     check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
     arguments = (y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias)
     if not native.lora_apply_(*arguments):
@@ -152,7 +165,10 @@ def _embed(
     tile_slots: Tensor,
     tile_starts: Tensor,
     base_rows: Tensor,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
+    del composed, exact
     check_embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
     reference.lora_embed_(y, tokens, arena, table, rows, weights, tile_slots, tile_starts)
 
@@ -170,12 +186,15 @@ def _apply_cuda(
     base_rows: Tensor,
     bias: Tensor | None,
     max_rank: int = 0,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
     kernels = triton_modules.load("lorasrv_kernels.lora.triton_kernels")
     apply = _apply if kernels is None else kernels.lora_apply_
     check_apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
+    slots = (rows, weights, tile_slots, tile_starts, base_rows)
     with torch.cuda.device_of(y):
-        apply(y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, max_rank)
+        apply(y, x, arena, table, out_features, *slots, bias, max_rank, composed, exact)
 
 
 def _embed_cuda(
@@ -188,12 +207,14 @@ def _embed_cuda(
     tile_slots: Tensor,
     tile_starts: Tensor,
     base_rows: Tensor,
+    composed: bool = False,
+    exact: bool = True,
 ) -> None:
     kernels = triton_modules.load("lorasrv_kernels.lora.triton_kernels")
     embed = _embed if kernels is None else kernels.lora_embed_
     check_embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
     with torch.cuda.device_of(y):
-        embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows)
+        embed(y, tokens, arena, table, rows, weights, tile_slots, tile_starts, base_rows, composed, exact)
 
 
 _library.impl("lora_apply_", _apply, "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.batch import NO_ROW, TILE_ROWS
 from lorasrv_kernels.table import ABSENT, Column, floats_at, matrix_at
 from lorasrv_kernels.workspace import thread_workspace
 
@@ -46,7 +46,7 @@ def lora_apply_(
             _apply_slice(y[:, start : start + width], x_tile, arena, entry, tile_rows, tile_weights, own)
             start += width
     if bias is not None:
-        y[base_rows] += bias
+        y[base_rows[base_rows != NO_ROW]] += bias
 
 
 def lora_embed_(

@@ -1,8 +1,12 @@
 """`lora_apply_` and `lora_embed_` for CUDA: one launch that shrinks, one that expands, for all slots and slices.
 
 `shrink` writes x A^T, `expand` multiplies with B^T and finishes the row. Both read ranks and offsets from the table on
-the device; the host knows the number of tiles, the widths and a bound on the ranks. I is cut into planes whose number
+the device; the host knows how long the batch's tensors are, the widths and a bound on the ranks, so that launches
+depend on nothing else and a captured graph serves every batch of those lengths. I is cut into planes whose number
 depends on I alone, and `expand` adds them in order, so a row's bits depend on nothing but the row and its adapter.
+
+That holds where `exact` is asked for. Elsewhere a tile of a single row takes the programs of `triton_rows`, which need
+no tensor core; tiles of several rows are multiplied as before, so that a row's bits may follow its neighbours.
 
 Importing this module imports Triton.
 """
@@ -16,14 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.lora.triton_rows import shrink_row
+from lorasrv_kernels.lora.triton_tiles import expand_tile
 from lorasrv_kernels.table import Column
-from lorasrv_kernels.workspace import thread_workspace
 
 _A = tl.constexpr(int(Column.A))
-_B_T = tl.constexpr(int(Column.B_T))
-_D = tl.constexpr(int(Column.D))
 _RANK = tl.constexpr(int(Column.RANK))
-_BIAS = tl.constexpr(int(Column.BIAS))
 _ALIGNMENT = tl.constexpr(32)
 
 
@@ -37,6 +39,8 @@ class Tiling:
     max_planes: int = 16
     block_r: int = 16
     block_o: int = 128
+    row_block_i: int = 512
+    """Input features at a time of a tile of one row."""
     shrink_warps: int = 4
     shrink_stages: int = 4
     expand_warps: int = 4
@@ -72,7 +76,9 @@ def shrink(
     TILE_ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROW_BLOCK_I: tl.constexpr,
     FLOAT32: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """shrunk [planes, E, G, max_rank] float32 <- x A^T, each plane over its own part of I. Grid [K, planes, G].
 
@@ -81,11 +87,34 @@ def shrink(
     tile = tl.program_id(0)
     plane = tl.program_id(1)
     piece = tl.program_id(2)
-    entry = table + tl.load(tile_slots + tile).to(tl.int64) * slot_stride + piece * slice_stride
+    slot = tl.load(tile_slots + tile)
+    if slot < 0:
+        return
+    entry = table + slot.to(tl.int64) * slot_stride + piece * slice_stride
     rank = tl.minimum(tl.load(entry + _RANK), max_rank).to(tl.int32)
     a = arena + tl.multiple_of(tl.load(entry + _A), _ALIGNMENT)
-    entries = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
-    present = entries < tl.load(tile_starts + tile + 1)
+    start = tl.load(tile_starts + tile)
+    end = tl.load(tile_starts + tile + 1)
+    single = False
+    if not EXACT:
+        single = end == start + 1
+    if single:
+        place = (plane.to(tl.int64) * num_entries + start) * num_slices + piece
+        shrink_row(
+            shrunk + place * max_rank,
+            x + tl.load(rows + start) * x_row_stride,
+            x_column_stride,
+            a,
+            rank,
+            plane * PLANE,
+            IN_FEATURES,
+            PLANE,
+            ROW_BLOCK_I,
+            BLOCK_R,
+        )
+        return
+    entries = start + tl.arange(0, TILE_ROWS)
+    present = entries < end
     x_rows = x + tl.load(rows + entries, mask=present, other=0)[:, None] * x_row_stride
     places = (plane.to(tl.int64) * num_entries + entries) * num_slices + piece
     for first_rank in range(0, rank, BLOCK_R):
@@ -142,6 +171,7 @@ def expand(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """y <- d * y + weight * S B^T + bias, rounded once. Grid [tiles, blocks of columns over all slices].
 
@@ -161,68 +191,50 @@ def expand(
         first_block = tl.where(block >= first, first, first_block)
     columns = (block - first_block) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = columns < width
-    y_columns = y + (start + columns).to(tl.int64)[None, :] * y_column_stride
+    y_columns = y + (start + columns).to(tl.int64) * y_column_stride
     base_bias = tl.zeros((BLOCK_O,), dtype=tl.float32)
     if bias is not None:
         base_bias = tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
     for tile in range(tl.program_id(0), num_tiles + tl.cdiv(num_base_rows, TILE_ROWS), tl.num_programs(0)):
         if tile < num_tiles:
-            entry = table + tl.load(tile_slots + tile).to(tl.int64) * slot_stride + piece * slice_stride
-            true_rank = tl.load(entry + _RANK)
-            d_offset = tl.load(entry + _D)
-            bias_offset = tl.load(entry + _BIAS)
-            if (true_rank > 0) | (d_offset >= 0) | (bias_offset >= 0) | (bias is not None):
-                rank = true_rank.to(tl.int32) if EMBEDDING else tl.minimum(true_rank, max_rank).to(tl.int32)
-                a = arena + tl.load(entry + _A)
-                b_t = arena + tl.multiple_of(tl.load(entry + _B_T), _ALIGNMENT)
-                entries = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
-                present = entries < tl.load(tile_starts + tile + 1)
-                row = tl.load(rows + entries, mask=present, other=0)
-                product = tl.zeros((TILE_ROWS, BLOCK_O), dtype=tl.float32)
-                for first_rank in range(0, rank, BLOCK_R):
-                    ranks = first_rank + tl.arange(0, BLOCK_R)
-                    known = present[:, None] & (ranks < rank)[None, :]
-                    if EMBEDDING:
-                        token = tl.load(source + row, mask=present, other=0)
-                        shrunk = tl.load(a + token[:, None] * rank + ranks[None, :], mask=known, other=0.0)
-                        shrunk = shrunk.to(tl.float32)
-                    else:
-                        shrunk = tl.zeros((TILE_ROWS, BLOCK_R), dtype=tl.float32)
-                        for plane in range(NUM_PLANES):
-                            places = ((plane * num_entries).to(tl.int64) + entries) * len(OUT_FEATURES) + piece
-                            at = source + places[:, None] * max_rank + ranks[None, :]
-                            shrunk += tl.load(at, mask=known, other=0.0)
-                    b_block = tl.load(
-                        b_t + ranks.to(tl.int64)[:, None] * width + columns[None, :],
-                        mask=(ranks < rank)[:, None] & inside[None, :],
-                        other=0.0,
-                    )
-                    product = tl.dot(shrunk, b_block.to(tl.float32), product, input_precision=PRECISION)
-                weight = tl.load(weights + entries, mask=present, other=0.0)
-                d = tl.load(_floats(arena, d_offset) + columns, mask=inside & (d_offset >= 0), other=1.0)
-                own_bias = tl.load(_floats(arena, bias_offset) + columns, mask=inside & (bias_offset >= 0), other=0.0)
-                at = y_columns + row[:, None] * y_row_stride
-                mask = present[:, None] & inside[None, :]
-                result = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                result = result * d[None, :] + weight[:, None] * product
-                result += tl.where(bias_offset >= 0, own_bias, base_bias)[None, :]
-                # scratch holds max_rank; a wrong answer would be plausible, NaN is not
-                result = tl.where(true_rank > rank, float("nan"), result)
-                tl.store(at, result.to(y.dtype.element_ty), mask=mask)
+            slot = tl.load(tile_slots + tile)
+            if slot >= 0:
+                expand_tile(
+                    y_columns,
+                    source,
+                    arena,
+                    table + slot.to(tl.int64) * slot_stride + piece * slice_stride,
+                    rows,
+                    weights,
+                    tl.load(tile_starts + tile),
+                    tl.load(tile_starts + tile + 1),
+                    bias,
+                    base_bias,
+                    piece,
+                    width,
+                    columns,
+                    inside,
+                    num_entries,
+                    max_rank,
+                    y_row_stride,
+                    len(OUT_FEATURES),
+                    NUM_PLANES,
+                    EMBEDDING,
+                    TILE_ROWS,
+                    BLOCK_R,
+                    BLOCK_O,
+                    PRECISION,
+                    EXACT,
+                )
         else:
             places = (tile - num_tiles) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-            row = tl.load(base_rows + places, mask=places < num_base_rows, other=0)
-            at = y_columns + row[:, None] * y_row_stride
-            mask = (places < num_base_rows)[:, None] & inside[None, :]
+            row = tl.load(base_rows + places, mask=places < num_base_rows, other=-1)
+            at = y_columns[None, :] + row[:, None] * y_row_stride
+            mask = (row >= 0)[:, None] & inside[None, :]
             result = tl.load(at, mask=mask, other=0.0).to(tl.float32) + base_bias[None, :]
             tl.store(at, result.to(y.dtype.element_ty), mask=mask)
         # the next tile may hold a row of this one
         tl.debug_barrier()
-
-
-@triton.jit
-def _floats(arena, offset):
-    return (arena + offset).to(tl.pointer_type(tl.float32))
 
 
 @triton.constexpr_function
@@ -252,6 +264,8 @@ def lora_apply_(
     base_rows: Tensor,
     bias: Tensor | None,
     max_rank: int = 0,
+    composed: bool = False,
+    exact: bool = True,
     *,
     tiling: Tiling = TILING,
 ) -> None:
@@ -263,9 +277,8 @@ def lora_apply_(
     num_planes = -(-in_features // plane)
     if num_tiles:
         max_rank = max_rank or int(table[:, :, Column.RANK].max())
-    shrunk = thread_workspace().take(
-        "lora.planes", (num_planes, num_entries, num_slices, max_rank), torch.float32, y.device
-    )
+    # a fresh tensor, so that a captured graph owns it
+    shrunk = y.new_empty((num_planes, num_entries, num_slices, max_rank), dtype=torch.float32)
     if num_tiles and max_rank:
         shrink[num_tiles, num_planes, num_slices](
             shrunk,
@@ -285,12 +298,15 @@ def lora_apply_(
             TILE_ROWS=TILE_ROWS,
             BLOCK_I=tiling.block_i,
             BLOCK_R=tiling.block_r,
+            ROW_BLOCK_I=tiling.row_block_i,
             FLOAT32=_INTERPRETED,
+            EXACT=exact,
             num_warps=tiling.shrink_warps,
             num_stages=tiling.shrink_stages,
         )
     slots = (rows, weights, tile_slots, tile_starts, base_rows)
-    _expand(y, shrunk, arena, table, slots, bias, max_rank, tuple(out_features), num_planes, tiling)
+    route = (composed, exact)
+    _expand(y, shrunk, arena, table, slots, route, bias, max_rank, tuple(out_features), num_planes, tiling)
 
 
 def lora_embed_(
@@ -303,13 +319,15 @@ def lora_embed_(
     tile_slots: Tensor,
     tile_starts: Tensor,
     base_rows: Tensor,
+    composed: bool = False,
+    exact: bool = True,
     *,
     tiling: Tiling = TILING,
 ) -> None:
     """See `lorasrv_kernels.lora.lora_embed_`. Arguments as the op takes them, on one CUDA device."""
     table = _with_plain_columns(table)[:, None]
     slots = (rows, weights, tile_slots, tile_starts, base_rows)
-    _expand(y, tokens.contiguous(), arena, table, slots, None, 0, (y.shape[1],), 0, tiling)
+    _expand(y, tokens.contiguous(), arena, table, slots, (composed, exact), None, 0, (y.shape[1],), 0, tiling)
 
 
 def _with_plain_columns(table: Tensor) -> Tensor:
@@ -322,21 +340,22 @@ def _expand(
     arena: Tensor,
     table: Tensor,
     slots: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    route: tuple[bool, bool],
     bias: Tensor | None,
     max_rank: int,
     out_features: tuple[int, ...],
     num_planes: int,
     tiling: Tiling,
 ) -> None:
-    """`source` is of an embedding if `num_planes` is 0."""
-    rows, _, tile_slots, _, base_rows = slots
+    """`source` is of an embedding if `num_planes` is 0; `route`: composed, exact."""
+    composed, exact = route
+    _, _, tile_slots, _, base_rows = slots
     num_base_rows = 0 if bias is None else len(base_rows)
     num_tiles = len(tile_slots) + -(-num_base_rows // TILE_ROWS)
     num_blocks = sum(-(-width // tiling.block_o) for width in out_features)
     if not num_tiles or not num_blocks:
         return
     # rows of several slots are read and written by several tiles, which then must not run at the same time
-    composed = len(rows) + len(base_rows) > len(y)
     expand[1 if composed else num_tiles, num_blocks](
         y,
         source,
@@ -345,7 +364,7 @@ def _expand(
         *slots,
         None if bias is None else bias.contiguous(),
         len(tile_slots),
-        len(rows),
+        len(slots[0]),
         num_base_rows,
         max_rank,
         *y.stride(),
@@ -357,6 +376,7 @@ def _expand(
         BLOCK_R=tiling.block_r,
         BLOCK_O=tiling.block_o,
         PRECISION="ieee" if arena.dtype == torch.float32 else "tf32x3",
+        EXACT=exact,
         num_warps=tiling.expand_warps,
         num_stages=tiling.expand_stages,
     )
