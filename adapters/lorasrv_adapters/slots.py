@@ -18,6 +18,8 @@ from torch import Tensor
 from lorasrv_adapters.image import ALIGN_ELEMENTS, AdapterImage
 from lorasrv_adapters.records import AdapterObserver, SilentObserver
 
+_MAX_UNIONS = 256
+
 
 class Extents(Protocol):
     """Bookkeeping of free stretches of the arena; it touches no memory."""
@@ -68,24 +70,34 @@ class AdapterSlots:
         self._extents = extents
         self._observer = observer or SilentObserver()
         self._absent = torch.tensor(ABSENT_ROW, dtype=torch.int64).repeat(num_modules, 1)
-        self._table = self._absent.repeat(max_adapters, 1, 1).to(arena.device)
+        self._table = self._absent.repeat(max_adapters + 1, 1, 1).to(arena.device)
         self._free_slots = list(reversed(range(max_adapters)))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._unions: dict[frozenset[int], frozenset[int]] = {}
 
     @property
     def table(self) -> Tensor:
-        """[S, M, 8], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
+        """[S + 1, M, 8], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
 
         Always the same tensor, changed in place. The rows of a free slot are those of no adapter.
         """
         return self._table
 
+    @property
+    def empty_slot(self) -> int:
+        """The last row of the table, S: a slot that never holds an adapter, for rows that must name one."""
+        return len(self._table) - 1
+
     def touched(self, slots: Iterable[int]) -> frozenset[int]:
         """Return the modules, as places in the table, that the adapters in these slots change in any way."""
-        wanted = set(slots)
-        return frozenset().union(
-            *(resident.touched for resident in self._residents.values() if resident.slot in wanted)
-        )
+        wanted = frozenset(slots)
+        union = self._unions.get(wanted)
+        if union is None:
+            touched = (resident.touched for resident in self._residents.values() if resident.slot in wanted)
+            # the same few adapters decode together for many steps; more sets than that are not worth their memory
+            self._unions = {} if len(self._unions) >= _MAX_UNIONS else self._unions
+            union = self._unions[wanted] = frozenset().union(*touched)
+        return union
 
     def acquire(self, digest: str, image: AdapterImage) -> int | None:
         """Count one more user of an adapter and return its slot, first copying it to the device if need be.
@@ -140,6 +152,7 @@ class AdapterSlots:
                 return None
         touched = frozenset((image.table != self._absent).any(1).nonzero().flatten().tolist())
         resident = self._residents[digest] = _Resident(self._free_slots.pop(), offset, touched, num_users=0)
+        self._unions.clear()
         self._write(resident, image)
         return resident
 
@@ -177,6 +190,7 @@ class AdapterSlots:
 
     def _remove(self, digest: str) -> None:
         resident = self._residents.pop(digest)
+        self._unions.clear()
         if resident.offset is not None:
             self._extents.release(resident.offset)
         self._table[resident.slot].copy_(self._absent)

@@ -1,12 +1,16 @@
-"""Scratch memory of the reference kernels: taken once, used again by every call of the same thread.
+"""Scratch memory of kernels: taken once, used again by every call of the same thread.
 
 Knows names, shapes and dtypes; knows nothing of what is stored. Contents do not survive the call that took them.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from lorasrv_kernels.errors import KernelError
 
 
 class Workspace:
@@ -15,11 +19,15 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._views: dict[tuple[str, torch.device], dict[tuple[torch.dtype, tuple[int, ...]], Tensor]] = {}
+        self._is_sealed = False
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized tensor, valid until the same name is taken again.
 
         No memory is allocated once a name has seen its largest request on a device.
+
+        Raises:
+            KernelError: the workspace is sealed, and the buffer would have to grow.
         """
         views = self._views.setdefault((name, device), {})
         view = views.get((dtype, shape))
@@ -32,6 +40,10 @@ class Workspace:
             self._views[name, device][dtype, shape] = view
         return view
 
+    def seal(self) -> None:
+        """From now on no buffer grows and so none moves: whoever recorded addresses may rely on them."""
+        self._is_sealed = True
+
     @property
     def num_bytes(self) -> int:
         """Bytes held over all names and devices."""
@@ -43,6 +55,9 @@ class Workspace:
             num_bytes *= size
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.nbytes < num_bytes:
+            if self._is_sealed:
+                held = 0 if buffer is None else buffer.nbytes
+                raise KernelError(f"the workspace is sealed: {name!r} holds {held} bytes and {num_bytes} are asked for")
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             self._buffers[name, device] = buffer
             self._views[name, device] = {}
@@ -58,5 +73,16 @@ _thread = _ThreadWorkspace()
 
 
 def thread_workspace() -> Workspace:
-    """The calling thread's own workspace; freed with the thread."""
+    """The workspace of the calling thread: its own, freed with the thread, or that of `using_workspace`."""
     return _thread.workspace
+
+
+@contextmanager
+def using_workspace(workspace: Workspace) -> Iterator[None]:
+    """Inside, kernels that the calling thread calls take their scratch memory from `workspace`."""
+    before = _thread.workspace
+    _thread.workspace = workspace
+    try:
+        yield
+    finally:
+        _thread.workspace = before

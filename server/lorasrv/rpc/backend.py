@@ -109,7 +109,7 @@ class Backend:
         )
         return Engine(
             ModelRunner(self.model, self.memory),
-            Scheduler(limits, BlockAllocator(self.memory.layout.num_blocks), self.memory),
+            Scheduler(limits, BlockAllocator(self.memory.num_blocks), self.memory),
             self.tokenizer,
             max_queue=self.config.max_queue,
             on_outputs=on_outputs,
