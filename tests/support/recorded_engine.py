@@ -73,10 +73,12 @@ class RecordingRunner(ModelRunner):
                 self.num_chunks[request_id] = self.num_chunks.get(request_id, 0) + 1
         return super().execute(step)
 
-    def sample(self, logits: Tensor, parts: Sequence[ScheduledSequence]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, parts: Sequence[ScheduledSequence], *, greedy: Tensor | None = None
+    ) -> list[SampledToken]:
         for row, part in zip(logits, parts, strict=True):
             self.rows[part.sequence.request.request_id, part.sequence.num_generated_tokens] = row.clone()
-        return super().sample(logits, parts)
+        return super().sample(logits, parts, greedy=greedy)
 
 
 @dataclass(frozen=True, slots=True)

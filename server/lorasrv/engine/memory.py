@@ -3,7 +3,7 @@
 Knows the model's sizes and where adapters lie; knows no request and no schedule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from lorasrv_adapters.base import BaseModel, table_order
@@ -84,12 +84,14 @@ class DeviceMemory:
 
     def adapters(self, slots: Sequence[int]) -> AdapterBatch:
         """Describes token rows by the slot of each; `NO_SLOT` for the plain base."""
+        return self.adapter_batch(
+            SlotBatch.from_slots(slots, device=self.arena.device), touched=self.slots.touched(slots)
+        )
+
+    def adapter_batch(self, slots: SlotBatch, touched: Collection[int]) -> AdapterBatch:
+        """Describes token rows whose slots are on the device already; `touched` as in `AdapterBatch`."""
         return AdapterBatch(
-            slots=SlotBatch.from_slots(slots, device=self.arena.device),
-            arena=self.arena,
-            table=self.slots.table,
-            touched=self.slots.touched(slots),
-            max_rank=self._max_rank,
+            slots=slots, arena=self.arena, table=self.slots.table, touched=touched, max_rank=self._max_rank
         )
 
     def acquire(self, lease: Lease) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from lorasrv_kernels.attention import AttentionBatch, Span, tile_tokens
 from torch import Tensor
 
+from lorasrv.engine.decode_graphs import DecodeGraphs
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.request import SampledToken
 from lorasrv.engine.sampler import sample
@@ -24,11 +25,13 @@ class ModelRunner:
     Args:
         model: the base.
         memory: the KV cache and the resident adapters.
+        graphs: runs the steps that were captured; None: nothing was.
     """
 
-    def __init__(self, model: DecoderModel, memory: DeviceMemory) -> None:
+    def __init__(self, model: DecoderModel, memory: DeviceMemory, *, graphs: DecodeGraphs | None = None) -> None:
         self._model = model
         self._memory = memory
+        self._graphs = graphs
         self._tile_tokens = tile_tokens(model.config.num_heads, model.config.num_kv_heads)
 
     @torch.inference_mode()
@@ -38,25 +41,34 @@ class ModelRunner:
         Returns:
             One token for each scheduled sequence that samples, in the step's order.
         """
-        tokens = [token for part in step.sequences for token in _tokens(part)]
-        hidden = self._model.forward(
-            torch.tensor(tokens, device=self._memory.arena.device), self._lay_out(step.sequences)
-        )
-        ends = torch.tensor([part.num_tokens for part in step.sequences]).cumsum(0) - 1
-        sampling = [index for index, part in enumerate(step.sequences) if part.samples]
-        if not sampling:
-            return []
-        parts = [step.sequences[index] for index in sampling]
-        adapters = self._memory.adapters([part.sequence.slot for part in parts])
-        return self.sample(self._model.logits(hidden[ends[sampling]], adapters), parts)
+        decoded = None if self._graphs is None else self._graphs.run(step.sequences)
+        if decoded is not None:
+            return self.sample(decoded.logits, step.sequences, greedy=decoded.most_probable)
+        return self._execute(step.sequences)
 
-    def sample(self, logits: Tensor, parts: Sequence[ScheduledSequence]) -> list[SampledToken]:
-        """One token a row of `logits` [N, V], float32; row i belongs to parts[i]."""
+    def sample(
+        self, logits: Tensor, parts: Sequence[ScheduledSequence], *, greedy: Tensor | None = None
+    ) -> list[SampledToken]:
+        """One token a row of `logits` [N, V], float32; row i belongs to parts[i]; `greedy` as in `sampler.sample`."""
         return sample(
             logits,
             [part.sequence.request.sampling for part in parts],
             [part.sequence.num_generated_tokens for part in parts],
+            greedy=greedy,
         )
+
+    def _execute(self, parts: Sequence[ScheduledSequence]) -> list[SampledToken]:
+        device = self._memory.arena.device
+        tokens = torch.tensor([token for part in parts for token in _tokens(part)], device=device)
+        ends = torch.tensor([part.num_tokens for part in parts]).cumsum(0) - 1
+        sampling = [index for index, part in enumerate(parts) if part.samples]
+        # everything the device reads is sent before it begins: sending waits for what it is doing
+        batch, last_rows = self._lay_out(parts), ends[sampling].to(device)
+        adapters = self._memory.adapters([parts[index].sequence.slot for index in sampling])
+        hidden = self._model.forward(tokens, batch)
+        if not sampling:
+            return []
+        return self.sample(self._model.logits(hidden[last_rows], adapters), [parts[index] for index in sampling])
 
     def _lay_out(self, parts: Sequence[ScheduledSequence]) -> StepBatch:
         spans = [

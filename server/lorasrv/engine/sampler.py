@@ -16,34 +16,51 @@ from torch import Tensor
 
 from lorasrv.engine.request import SampledToken, SamplingParams
 
-__all__ = ["SampledToken", "philox_4x32_10", "philox_uniform", "sample"]
+__all__ = ["SampledToken", "most_probable", "philox_4x32_10", "philox_uniform", "sample"]
 
 _WORD = 0xFFFFFFFF
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[SampledToken]:
+def most_probable(logits: Tensor) -> Tensor:
+    """The id of the largest entry of every row, ties to the lower id; -1 for a row with NaN or infinity.
+
+    Args:
+        logits: [N, V], float32.
+
+    Returns:
+        [N] int64, on the device of the logits, for which this does not wait.
+    """
+    # extrema and their places are exact, whatever the batch
+    lowest, highest = torch.aminmax(logits, dim=-1)
+    is_finite = lowest.isfinite() & highest.isfinite()
+    return logits.argmax(dim=-1).masked_fill_(~is_finite, -1)
+
+
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], *, greedy: Tensor | None = None
+) -> list[SampledToken]:
     """Chooses one token per row.
 
     Args:
         logits: [N, V], float32, any device.
         params: one per row.
         positions: one per row: how many tokens of the output come before this one.
+        greedy: what `most_probable` says of the logits, where it is known already.
 
     Returns:
         One per row; a row with NaN or infinity gets `is_finite=False` and harms no other.
     """
-    # one transfer for all rows; extrema and their places are exact, whatever the batch
-    lowest, highest = torch.aminmax(logits, dim=-1)
-    is_finite = (lowest.isfinite() & highest.isfinite()).tolist()
-    greedy = logits.argmax(dim=-1).tolist()
+    # one transfer for all rows
+    greedy_ids = (most_probable(logits) if greedy is None else greedy).tolist()
     sampled = []
     for index, (row_params, position) in enumerate(zip(params, positions, strict=True)):
-        if not is_finite[index]:
+        token_id = greedy_ids[index]
+        if token_id < 0:
             sampled.append(SampledToken(token_id=-1, is_finite=False))
             continue
         needs_row = row_params.temperature > 0 or row_params.logprobs is not None
         row = logits[index].cpu() if needs_row else logits[index]
-        token_id = _pick(row, row_params, position) if row_params.temperature > 0 else greedy[index]
+        token_id = _pick(row, row_params, position) if row_params.temperature > 0 else token_id
         sampled.append(_with_logprobs(row, token_id, row_params.logprobs))
     return sampled
 

@@ -1,0 +1,118 @@
+"""What a decode step reads and no other step does: tokens, places and slots of its rows, always at the same addresses.
+
+Rows beyond the sequences' own fill the batch up to its fixed size. They write to a block that no sequence has, attend
+to nothing and name the slot that never holds an adapter. Knows rows, blocks and slots; knows no model.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span
+from lorasrv_kernels.batch import NO_SLOT, SlotBatch
+from torch import Tensor
+
+from lorasrv.engine.memory import DeviceMemory
+from lorasrv.engine.sequence import ScheduledSequence
+from lorasrv.engine.staged import StagedTensors
+from lorasrv.model.batch import StepBatch
+
+
+class DecodeInputs:
+    """The inputs of decode steps of up to B sequences, one token each.
+
+    Args:
+        num_rows: B; every step has so many rows.
+        table_blocks: the most blocks a sequence can have.
+        tile_tokens: most rows of a query tile, as in every other step of the model.
+        memory: where cache and adapters are.
+    """
+
+    def __init__(self, num_rows: int, *, table_blocks: int, tile_tokens: int, memory: DeviceMemory) -> None:
+        self.num_rows = num_rows
+        self._tile_tokens = tile_tokens
+        self._memory = memory
+        int32, int64 = torch.int32, torch.int64
+        self._staged = StagedTensors(
+            {
+                "tokens": (int64, (num_rows,)),
+                "positions": (int64, (num_rows,)),
+                "slot_mapping": (int64, (num_rows,)),
+                "rows": (int64, (num_rows,)),
+                "tile_slots": (int32, (num_rows,)),
+                "tile_starts": (int32, (num_rows + 1,)),
+                "tiles": (int32, (num_rows, 4)),
+                "block_tables": (int32, (num_rows, table_blocks)),
+            },
+            device=memory.arena.device,
+        )
+        self._weights = torch.ones(num_rows, device=memory.arena.device)
+        self._no_rows = torch.zeros(0, dtype=int64, device=memory.arena.device)
+        self.write([])
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B] int64."""
+        return self._staged.device["tokens"]
+
+    def batch(self, touched: Collection[int]) -> StepBatch:
+        """Describes the B rows; the same tensors every time.
+
+        Args:
+            touched: modules whose adapters are applied, as places in the model's order.
+        """
+        device = self._staged.device
+        return StepBatch(
+            positions=device["positions"],
+            attention=AttentionBatch(
+                slot_mapping=device["slot_mapping"],
+                block_tables=device["block_tables"],
+                tiles=device["tiles"],
+                tile_tokens=self._tile_tokens,
+            ),
+            adapters=self._memory.adapter_batch(
+                SlotBatch(
+                    rows=device["rows"],
+                    weights=self._weights,
+                    tile_slots=device["tile_slots"],
+                    tile_starts=device["tile_starts"],
+                    # the base's rows have an entry of the empty slot, so that the number of entries is fixed, too
+                    base_rows=self._no_rows,
+                ),
+                touched,
+            ),
+            kv_cache=self._memory.kv_cache,
+        )
+
+    def write(self, parts: Sequence[ScheduledSequence]) -> None:
+        """Takes the tokens of the next step: one per sequence, at most B; row i belongs to parts[i]."""
+        self._staged.wait()
+        host, count = self._staged.host, len(parts)
+        host["tokens"].copy_(self._filled([part.sequence.token_ids[part.start] for part in parts]))
+        host["positions"].copy_(self._filled([part.start for part in parts]))
+        self._write_slots([part.sequence.slot for part in parts])
+        attention = AttentionBatch.from_spans(
+            [Span(start=part.start, num_tokens=1, block_table=part.sequence.block_table) for part in parts],
+            tile_tokens=self._tile_tokens,
+        )
+        scratch = torch.arange(count, self.num_rows) % BLOCK_TOKENS + self._memory.scratch_block * BLOCK_TOKENS
+        host["slot_mapping"].copy_(torch.cat([attention.slot_mapping, scratch]))
+        host["tiles"][:count] = attention.tiles
+        # tiles of no tokens
+        host["tiles"][count:] = 0
+        host["block_tables"][:count, : attention.block_tables.shape[1]] = attention.block_tables
+        self._staged.upload()
+
+    def _write_slots(self, slots: Sequence[int]) -> None:
+        empty = self._memory.slots.empty_slot
+        entries = [empty if slot == NO_SLOT else slot for slot in slots]
+        batch = SlotBatch.from_slots(entries + [empty] * (self.num_rows - len(slots)))
+        host, num_tiles = self._staged.host, len(batch.tile_slots)
+        host["rows"].copy_(batch.rows)
+        host["tile_slots"][:num_tiles] = batch.tile_slots
+        host["tile_slots"][num_tiles:] = empty
+        host["tile_starts"][: num_tiles + 1] = batch.tile_starts
+        # tiles of no entries
+        host["tile_starts"][num_tiles + 1 :] = self.num_rows
+
+    def _filled(self, values: list[int]) -> Tensor:
+        return torch.tensor(values + [0] * (self.num_rows - len(values)))
