@@ -1,10 +1,10 @@
-"""Times rotation and gated activation: the ops as this machine serves them, beside the PyTorch reference.
+"""Times norm, rotation and gated activation: the ops as this machine serves them, beside the PyTorch reference.
 
     python kernels/benchmarks/rowwise.py [--threads 1] [--pairs 15] [--tokens 1,16,256]
 
-Heads 32 + 8 of size 64, and gates 8192 wide, as in a Llama of 1B parameters. Timed only if both agree. Op and reference
-alternate (ABBA); a ratio is the time of the op over that of the other in one pair. Beside it stands the op against
-itself: a ratio within its spread says nothing.
+Rows 2048 wide, heads 32 + 8 of size 64, and gates 8192 wide, as in a Llama of 1B parameters. Timed only if both agree.
+Op and reference alternate (ABBA); a ratio is the time of the op over that of the other in one pair. Beside it stands the
+op against itself: a ratio within its spread says nothing.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import argparse
 import torch
 from interleaved import Run, compare, spread
 from lorasrv_kernels.cpu.isa import widest_isa
-from lorasrv_kernels.rowwise import reference, rotate_, silu_mul
+from lorasrv_kernels.rowwise import reference, rms_norm, rotate_, silu_mul
 
 
 def main() -> None:
@@ -54,10 +54,16 @@ def candidates(tokens: int, dtype: torch.dtype) -> list[tuple[str, Run, Run]]:
     reference.rotate_(expected, angles)
     # one rounding to the dtype may fall the other way
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    hidden, weight = torch.randn(tokens, 2048).to(dtype), torch.randn(2048).to(dtype)
+    normed = rms_norm(hidden, weight, 1e-5), reference.rms_norm(hidden, weight, 1e-5)
     product, specified = silu_mul(gate, up), reference.silu_mul(gate, up)
-    if not torch.equal(turned, expected) or not torch.allclose(product, specified, rtol=tolerance, atol=tolerance):
+    pairs = (normed, (product, specified))
+    if not torch.equal(turned, expected) or not all(
+        torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in pairs
+    ):
         raise SystemExit("an op and its reference differ; no timing")
     return [
+        ("rms_norm", lambda: rms_norm(hidden, weight, 1e-5), lambda: reference.rms_norm(hidden, weight, 1e-5)),
         ("rotate_", lambda: rotate_(heads, angles), lambda: reference.rotate_(heads, angles)),
         ("silu_mul", lambda: silu_mul(gate, up), lambda: reference.silu_mul(gate, up)),
     ]

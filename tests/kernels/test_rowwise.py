@@ -1,4 +1,4 @@
-"""Rotation and gated activation: against float64, by every implementation, and row by row."""
+"""Norm, rotation and gated activation: against float64, by every implementation, and row by row."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.rowwise import native, reference, rotate_, silu_mul
+from lorasrv_kernels.rowwise import native, reference, rms_norm, rotate_, silu_mul
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -38,6 +38,25 @@ def test_activation_equals_the_formula(shape: tuple[int, int], dtype: torch.dtyp
     for kernel in kernels:
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(kernel(gate, up).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 63), (2, 3, 64), (5, 100), (17, 704)], ids=str)
+def test_norm_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = (4 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    wide = x.double()
+    quotient = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt()
+    for scale, expected in ((weight, quotient * weight.double()), (None, quotient)):
+        results = [rms_norm(x, scale, 0.01), reference.rms_norm(x, scale, 0.01)]
+        if dtype != torch.float16:
+            results += [torch.empty_like(x) for _ in isas()]
+            assert all(
+                native.rms_norm_(x, scale, 0.01, out, isa=isa) for isa, out in zip(isas(), results[2:], strict=True)
+            )
+        for result in results:
+            tolerance = TOLERANCE[dtype]
+            torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_activation_of_extreme_numbers() -> None:
@@ -73,6 +92,8 @@ def test_what_lies_apart_in_memory(dtype: torch.dtype) -> None:
     rotate_(apart[:, :, ::2], angles)
     rotate_(together, angles)
     assert torch.equal(apart[:, :, ::2], together)
+    assert torch.equal(rms_norm(apart[:, :, ::2], None, 1e-5), rms_norm(together, None, 1e-5))
+    assert torch.equal(rms_norm(fused[:, 1:5], None, 1e-5), rms_norm(fused, None, 1e-5)[:, 1:5])
     gate, up = torch.randn(6, 200).to(dtype).split(100, dim=1)
     assert torch.equal(silu_mul(gate, up), silu_mul(gate.contiguous(), up.T.contiguous().T))
     assert silu_mul(gate, up).is_contiguous()
@@ -81,8 +102,11 @@ def test_what_lies_apart_in_memory(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_a_number_stands_changes_no_bit(dtype: torch.dtype, num_threads: int) -> None:
     gate, up = (4 * torch.randn(2, 100, 1000)).to(dtype)
-    together = silu_mul(gate, up)
+    together, normed, weight = silu_mul(gate, up), rms_norm(gate, up[0], 1e-5), up[0]
     torch.set_num_threads(3 - num_threads)
+    assert torch.equal(rms_norm(gate, weight, 1e-5), normed)
+    assert torch.equal(rms_norm(gate[7:8], weight, 1e-5), normed[7:8])
+    assert torch.equal(rms_norm(gate[:, None], weight, 1e-5)[:, 0], normed)
     assert torch.equal(silu_mul(gate, up), together)
     assert torch.equal(silu_mul(gate[:, 3:], up[:, 3:]), together[:, 3:])
     assert torch.equal(silu_mul(gate[7:8, :5], up[7:8, :5]), together[7:8, :5])
@@ -92,6 +116,10 @@ def test_wide_instruction_sets_give_the_same_bits() -> None:
     if Isa.AVX512 not in isas():
         pytest.skip("no AVX-512, or native library not built")
     gate, up = 4 * torch.randn(2, 10, 100)
+    normed = torch.empty(2, 10, 100)
+    for isa, out in zip((Isa.AVX2, Isa.AVX512), normed, strict=True):
+        assert native.rms_norm_(gate, None, 1e-5, out, isa=isa)
+    assert torch.equal(*normed)
     assert torch.equal(native.silu_mul(gate, up, isa=Isa.AVX2), native.silu_mul(gate, up, isa=Isa.AVX512))
 
 
@@ -100,6 +128,8 @@ def test_without_the_library_the_reference_serves() -> None:
     gate, up = torch.randn(2, 3, 100)
     assert native.silu_mul(gate, up) is None
     assert torch.equal(silu_mul(gate, up), reference.silu_mul(gate, up))
+    assert not native.rms_norm_(gate, None, 1e-5, torch.empty_like(gate))
+    assert torch.equal(rms_norm(gate, None, 1e-5), reference.rms_norm(gate, None, 1e-5))
     heads, angles = torch.randn(3, 2, 20), angles_of(3, 20)
     assert not native.rotate_(heads, angles)
     expected = heads.clone()
@@ -111,6 +141,10 @@ def test_without_the_library_the_reference_serves() -> None:
 def test_every_breach_of_the_contract_is_named() -> None:
     with pytest.raises(KernelError, match=r"one shape \[T, I\] and dtype, got torch.float32 \[2, 3\]"):
         silu_mul(torch.zeros(2, 3), torch.zeros(2, 3).half())
+    with pytest.raises(KernelError, match=r"weight must be .*\[3\], got torch.float64 \[2\]; epsilon .* got -1.0"):
+        rms_norm(torch.zeros(2, 3), torch.zeros(2).double(), -1.0)
+    with pytest.raises(KernelError, match=r"x must be floating \[T, I\] or \[T, H, I\], got torch.float32 \[3\]"):
+        rms_norm(torch.zeros(3), None, 1e-5)
     with pytest.raises(KernelError, match=r"D even, got \[2, 3, 5\]"):
         rotate_(torch.zeros(2, 3, 5), torch.zeros(2, 1, 5))
     with pytest.raises(KernelError, match=r"angles must be float32 \[2, 1, 4\], got torch.float32 \[2, 4\]"):
@@ -118,5 +152,6 @@ def test_every_breach_of_the_contract_is_named() -> None:
 
 
 def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.lorasrv.rms_norm.default, (torch.randn(2, 20), torch.randn(20), 1e-5))
     torch.library.opcheck(torch.ops.lorasrv.silu_mul.default, (*torch.randn(2, 3, 20),))
     torch.library.opcheck(torch.ops.lorasrv.rotate_.default, (torch.randn(3, 2, 20), angles_of(3, 20)))

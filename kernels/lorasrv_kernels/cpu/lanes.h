@@ -60,6 +60,15 @@ LORASRV_INLINE void store(Bfloat16* to, Lanes value) {
     }
 }
 
+// The value as it would be stored.
+LORASRV_INLINE Lanes rounded(Lanes value, const float*) { return value; }
+
+LORASRV_INLINE Lanes rounded(Lanes value, const Bfloat16*) {
+    Bfloat16 stored[kLanes];
+    store(stored, value);
+    return load(stored);
+}
+
 LORASRV_INLINE Lanes broadcast(float value) {
     Lanes result;
     for (int i = 0; i < kLanes; ++i) result.at[i] = value;
@@ -183,6 +192,13 @@ LORASRV_AVX2 LORASRV_INLINE void store(Bfloat16* to, Lanes value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
+LORASRV_AVX2 LORASRV_INLINE Lanes rounded(Lanes value, const float*) { return value; }
+
+LORASRV_AVX2 LORASRV_INLINE Lanes rounded(Lanes value, const Bfloat16*) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(rounded_bits(value.low), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(rounded_bits(value.high), 16))};
+}
+
 LORASRV_AVX2 LORASRV_INLINE Lanes broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 
 LORASRV_AVX2 LORASRV_INLINE Lanes add(Lanes a, Lanes b) {
@@ -275,13 +291,22 @@ LORASRV_AVX512 LORASRV_INLINE Lanes load(const Bfloat16* from) {
 
 LORASRV_AVX512 LORASRV_INLINE void store(float* to, Lanes value) { _mm512_storeu_ps(to, value); }
 
-LORASRV_AVX512 LORASRV_INLINE void store(Bfloat16* to, Lanes value) {
+LORASRV_AVX512 LORASRV_INLINE __m512i rounded_bits(Lanes value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(kept));
+    return _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+}
+
+LORASRV_AVX512 LORASRV_INLINE void store(Bfloat16* to, Lanes value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded_bits(value)));
+}
+
+LORASRV_AVX512 LORASRV_INLINE Lanes rounded(Lanes value, const float*) { return value; }
+
+LORASRV_AVX512 LORASRV_INLINE Lanes rounded(Lanes value, const Bfloat16*) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(rounded_bits(value), 16));
 }
 
 LORASRV_AVX512 LORASRV_INLINE Lanes broadcast(float value) { return _mm512_set1_ps(value); }

@@ -1,13 +1,14 @@
-// What lies between the products of a layer: rotary positions and the gated activation. Every number is computed by
-// itself, so a row's bits depend on nothing else.
+// What lies between the products of a layer: norms, rotary positions and the gated activation. A row's bits depend on
+// that row alone.
 
 #include <type_traits>
 
 #include "lanes.h"
+#include "rowwise.h"
 
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 16;
+constexpr int64_t kParallelElements = 1 << 14;
 
 #define LORASRV_TARGET
 namespace portable {
@@ -32,15 +33,16 @@ template <typename E>
 struct Kernels {
     void (*silu_mul)(const E*, const E*, int64_t, E*);
     void (*rotate)(E*, const float*, int64_t);
+    void (*rms_norm)(E*, const E*, const E*, float, int64_t, E*);
 };
 
 template <typename E>
 Kernels<E> kernels(int32_t isa) {
 #if defined(__x86_64__)
-    if (isa >= kAvx512) return {avx512::silu_mul<E>, avx512::rotate<E>};
-    if (isa == kAvx2) return {avx2::silu_mul<E>, avx2::rotate<E>};
+    if (isa >= kAvx512) return {avx512::silu_mul<E>, avx512::rotate<E>, avx512::rms_norm<E>};
+    if (isa == kAvx2) return {avx2::silu_mul<E>, avx2::rotate<E>, avx2::rms_norm<E>};
 #endif
-    return {portable::silu_mul<E>, portable::rotate<E>};
+    return {portable::silu_mul<E>, portable::rotate<E>, portable::rms_norm<E>};
 }
 
 template <typename Run>
@@ -52,6 +54,33 @@ void with_element(int32_t dtype, const Run& run) {
 }
 
 }  // namespace
+
+void rms_norm_rows(const Norm& call, int32_t dtype, int32_t isa) {
+    with_element(dtype, [&](auto* element) {
+        using E = std::remove_pointer_t<decltype(element)>;
+        const auto norm = kernels<E>(isa).rms_norm;
+        const int64_t vectors = call.num_rows * call.num_heads;
+#pragma omp parallel for schedule(static) if (vectors * call.count >= kParallelElements)
+        for (int64_t i = 0; i < vectors; ++i) {
+            const int64_t row = i / call.num_heads, head = i % call.num_heads;
+            const void* weight = call.row_weights ? call.row_weights[row] : call.weight;
+            norm(static_cast<E*>(call.x) + row * call.row_stride + head * call.head_stride,
+                 call.delta ? static_cast<const E*>(call.delta) + i * call.count : nullptr,
+                 static_cast<const E*>(weight), call.epsilon, call.count,
+                 static_cast<E*>(call.out) + row * call.out_row_stride + head * call.out_head_stride);
+        }
+    });
+}
+
+// x [num_rows, num_heads, count], the last dimension contiguous; out the same, contiguous; weight may be null.
+extern "C" void lorasrv_rms_norm(const void* x, int64_t row_stride, int64_t head_stride, const void* weight,
+                                 float epsilon, void* out, int64_t num_rows, int64_t num_heads, int64_t count,
+                                 int32_t dtype, int32_t isa) {
+    // without a delta x is only read
+    rms_norm_rows({const_cast<void*>(x), row_stride, head_stride, nullptr, weight, nullptr, epsilon, out,
+                   num_heads * count, count, num_rows, num_heads, count},
+                  dtype, isa);
+}
 
 // Rows of gate and up are `count` contiguous elements, `stride` apart; out [num_rows, count].
 extern "C" void lorasrv_silu_mul(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,

@@ -1,11 +1,31 @@
-"""Rotary positions and the gated activation: what lies between the products of a layer, row by row."""
+"""Norms, rotary positions and the gated activation: what lies between the products of a layer, row by row."""
 
 import torch
 from torch import Tensor
 
 from lorasrv_kernels.rowwise import op as _op  # noqa: F401  registers the ops
 
-__all__ = ["rotate_", "silu_mul"]
+__all__ = ["rms_norm", "rotate_", "silu_mul"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon), rounded once, times weight; all but the last product in float32.
+
+    A row's result depends neither on its place nor on the other rows.
+
+    Args:
+        x: [T, I] or [T, H, I], any strides; the norm is taken over I.
+        weight: [I], contiguous, same dtype; None: the quotient itself.
+        epsilon: at least 0.
+
+    Returns:
+        A new contiguous tensor of the shape and dtype of x.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    result: Tensor = torch.ops.lorasrv.rms_norm(x, weight, epsilon)
+    return result
 
 
 def rotate_(heads: Tensor, angles: Tensor) -> None:

@@ -14,7 +14,31 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _KIND = (ctypes.c_int32, ctypes.c_int32)
 _SILU_ARGUMENTS = (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER, *_KIND)
+_NORM_ARGUMENTS = (*(_POINTER, _INTEGER, _INTEGER), _POINTER, ctypes.c_float, _POINTER, *[_INTEGER] * 3, *_KIND)
 _ROTATE_ARGUMENTS = (_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, *_KIND)
+
+
+def rms_norm_(x: Tensor, weight: Tensor | None, epsilon: float, out: Tensor, *, isa: Isa | None = None) -> bool:
+    """The norm, as `lorasrv_kernels.rowwise.rms_norm` states it, into out, contiguous and of the shape of x.
+
+    Args:
+        x, weight, epsilon: as the op takes them.
+        out: written.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        False, and out untouched, where there is no native version: library not built, or neither float32 nor bfloat16.
+    """
+    functions, dtype = _functions(), _DTYPES.get(x.dtype)
+    if functions is None or dtype is None:
+        return False
+    isa = isa_in_use() if isa is None else isa
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    num_heads, head_stride = (x.shape[1], x.stride(1)) if x.ndim == 3 else (1, 0)
+    place = (x.data_ptr(), x.stride(0), head_stride, None if weight is None else weight.data_ptr())
+    functions[2](*place, epsilon, out.data_ptr(), x.shape[0], num_heads, x.shape[-1], dtype, isa)
+    return True
 
 
 def rotate_(heads: Tensor, angles: Tensor, *, isa: Isa | None = None) -> bool:
@@ -61,7 +85,8 @@ def silu_mul(gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | No
 
 
 @functools.cache
-def _functions() -> tuple[Callable[..., None], Callable[..., None]] | None:
+def _functions() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]] | None:
     rotate = library.function("lorasrv_rotate", _ROTATE_ARGUMENTS)
     silu = library.function("lorasrv_silu_mul", _SILU_ARGUMENTS)
-    return None if rotate is None or silu is None else (rotate, silu)
+    norm = library.function("lorasrv_rms_norm", _NORM_ARGUMENTS)
+    return None if rotate is None or silu is None or norm is None else (rotate, silu, norm)

@@ -7,8 +7,24 @@ from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.rowwise import native, reference
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
+_library.define("rms_norm(Tensor x, Tensor? weight, float epsilon) -> Tensor")
 _library.define("rotate_(Tensor(a!) heads, Tensor angles) -> ()")
 _library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+
+
+def check_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """Raises KernelError naming every argument that breaks the contract of `rms_norm`; the result is unset."""
+    wrong = []
+    if x.ndim not in (2, 3) or not x.is_floating_point():
+        wrong.append(f"x must be floating [T, I] or [T, H, I], got {x.dtype} {list(x.shape)}")
+    elif weight is not None and (weight.shape != x.shape[-1:] or weight.dtype != x.dtype or not weight.is_contiguous()):
+        expected = f"contiguous {x.dtype} {list(x.shape[-1:])}"
+        wrong.append(f"weight must be {expected}, got {weight.dtype} {list(weight.shape)}")
+    if not epsilon >= 0:
+        wrong.append(f"epsilon must be at least 0, got {epsilon}")
+    if wrong:
+        raise KernelError("rms_norm: " + "; ".join(wrong))
+    return x.new_empty(x.shape)
 
 
 def check_rotate(heads: Tensor, angles: Tensor) -> None:
@@ -28,6 +44,16 @@ def check_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
             f"{up.dtype} {list(up.shape)}"
         )
     return gate.new_empty(gate.shape)
+
+
+def _norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    check_norm(x, weight, epsilon)
+    return reference.rms_norm(x, weight, epsilon)
+
+
+def _norm_cpu(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    out = check_norm(x, weight, epsilon)
+    return out if native.rms_norm_(x, weight, epsilon, out) else reference.rms_norm(x, weight, epsilon)
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> None:
@@ -52,6 +78,9 @@ def _silu_mul_cpu(gate: Tensor, up: Tensor) -> Tensor:
     return reference.silu_mul(gate, up) if out is None else out
 
 
+_library.impl("rms_norm", _norm, "CompositeExplicitAutograd")
+_library.impl("rms_norm", _norm_cpu, "CPU")
+_library.impl("rms_norm", check_norm, "Meta")
 _library.impl("rotate_", _rotate, "CompositeExplicitAutograd")
 _library.impl("rotate_", _rotate_cpu, "CPU")
 _library.impl("rotate_", check_rotate, "Meta")

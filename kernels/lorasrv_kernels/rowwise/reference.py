@@ -1,7 +1,15 @@
-"""The specification of `rotate_` and `silu_mul`, in float32. Every number of a result is computed by itself."""
+"""The specification of `rms_norm`, `rotate_` and `silu_mul`, in float32. No row of a result depends on another."""
 
 import torch
 from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """See `lorasrv_kernels.rowwise.rms_norm`."""
+    wide = x.float()
+    inverse = wide.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    y = (wide * inverse).to(x.dtype).contiguous()
+    return y if weight is None else y.mul_(weight)
 
 
 def rotate_(heads: Tensor, angles: Tensor) -> None:

@@ -8,6 +8,7 @@ import math
 
 import torch
 from lorasrv_kernels.replacement import replaced_scale_
+from lorasrv_kernels.rowwise import rms_norm
 from torch import Tensor
 
 from lorasrv.model.batch import AdapterBatch
@@ -27,11 +28,9 @@ class RMSNorm:
 
     def forward(self, x: Tensor, adapters: AdapterBatch) -> Tensor:
         """x: [T, I] or [T, H, D], any strides, the dtype of the model. Returns a new tensor of its shape."""
-        wide = x.float()
-        inverse = wide.pow(2).mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
-        y = (wide * inverse).to(x.dtype)
         if not adapters.touches((self._module,)):
-            return y.mul_(self.weight)
+            return rms_norm(x, self.weight, self._epsilon)
+        y = rms_norm(x, None, self._epsilon)
         replaced_scale_(y, self.weight, adapters.arena, adapters.table[:, self._module], slots=adapters.slots)
         return y
 
