@@ -3,8 +3,8 @@
     python kernels/benchmarks/rowwise.py [--threads 1] [--pairs 15] [--tokens 1,16,256]
 
 Rows 2048 wide, heads 32 + 8 of size 64, and gates 8192 wide, as in a Llama of 1B parameters. Timed only if both agree.
-Op and reference alternate (ABBA); a ratio is the time of the op over that of the other in one pair. Beside it stands the
-op against itself: a ratio within its spread says nothing.
+Op and reference alternate (ABBA); a ratio is the time of the op over that of the other in one pair. Beside it stands
+the op against itself: a ratio within its spread says nothing.
 """
 
 import argparse

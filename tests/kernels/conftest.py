@@ -10,6 +10,7 @@ import pytest
 import torch
 from interpreter import INTERPRETING
 from lorasrv_kernels.attention import native as attention_native
+from lorasrv_kernels.cpu import decoder as native_decoder
 from lorasrv_kernels.cpu import isa, library
 from lorasrv_kernels.dense import native as dense_native
 from lorasrv_kernels.lora import native as lora_native
@@ -70,7 +71,7 @@ def triton_device() -> torch.device:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a compiler."""
-    one = (dense_native._function, lora_native._function, nf4_native._function)
+    one = (native_decoder._function, dense_native._function, lora_native._function, nf4_native._function)
     functions = (*one, attention_native._functions, rowwise_native._functions)
     monkeypatch.setattr(library, "PATH", Path("no-such-library.so"))
     for cached in (library.load, isa.widest_isa, *functions):

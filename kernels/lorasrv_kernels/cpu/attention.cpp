@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernel_calls.h"
 #include "lanes.h"
 
 namespace {

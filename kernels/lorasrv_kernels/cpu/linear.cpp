@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "isa.h"
+#include "kernel_calls.h"
 #include "linear.h"
 
 namespace {

@@ -31,13 +31,18 @@ def serving_isa() -> Isa | None:
 
 def scratch(tokens: int, in_features: int, dtype: int, isa: Isa, threads: int) -> Tensor:
     """Scratch memory for a call: [bytes] uint8."""
+    return shared_scratch(tokens, (in_features,), dtype, isa, threads)
+
+
+def shared_scratch(tokens: int, in_features: tuple[int, ...], dtype: int, isa: Isa, threads: int) -> Tensor:
+    """Scratch memory for calls that follow each other, each with one of several in-features: [bytes] uint8."""
     num_bytes = _scratch_bytes(tokens, in_features, dtype, isa, threads)
     return thread_workspace().take("native.linear", (num_bytes,), torch.uint8, torch.device("cpu"))
 
 
 @functools.lru_cache(maxsize=4096)
-def _scratch_bytes(tokens: int, in_features: int, dtype: int, isa: Isa, threads: int) -> int:
+def _scratch_bytes(tokens: int, in_features: tuple[int, ...], dtype: int, isa: Isa, threads: int) -> int:
     arguments = [ctypes.c_int64] * 2 + [ctypes.c_int32] * 3
     function = library.function("lorasrv_linear_scratch", arguments, ctypes.c_int64)
     assert function is not None, "the caller has found a kernel in the library"
-    return int(function(tokens, in_features, dtype, isa, threads))
+    return max(int(function(tokens, width, dtype, isa, threads)) for width in in_features)

@@ -7,17 +7,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernel_calls.h"
 #include "lanes.h"
+#include "table.h"
 
 namespace {
 
 constexpr int64_t kJobRanks = 8;
 constexpr int64_t kPanelColumns = 128;
 constexpr int64_t kParallelProducts = 1 << 15;
-
-// columns of the table of slots (lorasrv_kernels/table.py)
-enum Column { kA, kBT, kD, kRank, kBias };
-constexpr int64_t kAbsent = -1;
 
 // Dot products of the rows of a tile with some rows of A.
 struct Shrink {

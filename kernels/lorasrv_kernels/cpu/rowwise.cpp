@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "kernel_calls.h"
 #include "lanes.h"
 #include "rowwise.h"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from lorasrv_kernels.concatenate import concatenate
+from lorasrv_kernels.cpu.decoder import Projection
 from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.lora import lora_apply_
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear
@@ -62,6 +63,13 @@ class AdaptedLinear:
         elif self._bias is not None:
             y += self._bias
         return y
+
+    def projection(self) -> Projection | None:
+        """The group as one product; None where its weights are of several kinds."""
+        if len(self._parts) != 1:
+            return None
+        (weight,), first = self._parts, self._modules.start
+        return Projection(weight=weight, out_features=self.out_features, bias=self._bias, first_module=first)
 
     def weight(self, index: int) -> Weight:
         """The weight of one module, a view of what is stored."""

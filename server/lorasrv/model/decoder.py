@@ -16,6 +16,7 @@ from lorasrv.model.base import ServedBase
 from lorasrv.model.batch import AdapterBatch, StepBatch
 from lorasrv.model.config import ModelConfig
 from lorasrv.model.layers import RMSNorm, RotaryTable
+from lorasrv.model.native_layers import native_layers
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix, module_order
 from lorasrv.model.vocabulary import OutputHead, TokenEmbedding
 
@@ -96,6 +97,9 @@ class DecoderModel:
         self._embedding = TokenEmbedding(embedding, module=embedding_place)
         self._layers = tuple(layers)
         self._final_norm = RMSNorm(final_norm, epsilon=config.rms_norm_eps, module=norm_place)
+        self._native = native_layers(
+            config, [(layer.groups(), layer.norms) for layer in self._layers], self._final_norm
+        )
         self._head = OutputHead(embedding if head is None else head, module=head_place)
         self._rotary = RotaryTable(
             config.rope, head_size=config.head_size, num_positions=max_positions, device=embedding.device
@@ -115,6 +119,22 @@ class DecoderModel:
         """
         x = self._embedding.forward(tokens, batch.adapters)
         angles = self._rotary.lookup(batch.positions)
+        hidden = (
+            None
+            if self._native is None
+            else self._native.forward(
+                x,
+                angles,
+                cache=batch.kv_cache,
+                attention=batch.attention,
+                arena=batch.adapters.arena,
+                table=batch.adapters.table,
+                slots=batch.adapters.slots,
+            )
+        )
+        return self._forward_by_ops(x, angles, batch) if hidden is None else hidden
+
+    def _forward_by_ops(self, x: Tensor, angles: Tensor, batch: StepBatch) -> Tensor:
         for layer in self._layers:
             x = layer.forward(x, angles, batch)
         return self._final_norm.forward(x, batch.adapters)

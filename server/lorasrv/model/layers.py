@@ -18,20 +18,25 @@ _TABLE_ROWS = 1024
 
 
 class RMSNorm:
-    """Root mean square norm, https://arxiv.org/abs/1910.07467 equation 4; in float32 inside."""
+    """Root mean square norm, https://arxiv.org/abs/1910.07467 equation 4; in float32 inside.
+
+    Attributes:
+        weight: [I] or [D].
+        module: its place in the model's module order.
+    """
 
     def __init__(self, weight: Tensor, *, epsilon: float, module: int) -> None:
         """Keeps `weight` [I] or [D], in the dtype of the model; `module` is its place in the model's module order."""
         self.weight = weight
         self._epsilon = epsilon
-        self._module = module
+        self.module = module
 
     def forward(self, x: Tensor, adapters: AdapterBatch) -> Tensor:
         """x: [T, I] or [T, H, D], any strides, the dtype of the model. Returns a new tensor of its shape."""
-        if not adapters.touches((self._module,)):
+        if not adapters.touches((self.module,)):
             return rms_norm(x, self.weight, self._epsilon)
         y = rms_norm(x, None, self._epsilon)
-        replaced_scale_(y, self.weight, adapters.arena, adapters.table[:, self._module], slots=adapters.slots)
+        replaced_scale_(y, self.weight, adapters.arena, adapters.table[:, self.module], slots=adapters.slots)
         return y
 
 
