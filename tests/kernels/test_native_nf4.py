@@ -41,6 +41,24 @@ def test_bits_equal_the_reference(rows: tuple[int, ...], in_features: int, dtype
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "in_features"), SHAPES, ids=str)
+def test_columns_have_the_bits_of_the_reference(
+    rows: tuple[int, ...], in_features: int, dtype: torch.dtype, num_threads: int
+) -> None:
+    torch.manual_seed(num_threads)
+    weight = NF4Weight.concatenate([quantize(torch.randn(count, in_features) * count) for count in rows])
+    expected = torch.empty(sum(rows), in_features, dtype=dtype)
+    reference.dequantize_(*storage(weight), 0, expected)
+    assert native.dequantizes_columns(dtype)
+    for start, stop in {(0, in_features), (0, 64), (in_features - 64, in_features)}:
+        for isa in machine_isas():
+            actual = torch.full((sum(rows), stop - start), torch.nan, dtype=dtype)
+            native.dequantize_columns_(*storage(weight), start, actual, isa=isa)
+            assert torch.equal(actual, expected[:, start:stop])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scales_that_are_extreme(dtype: torch.dtype) -> None:
     """Subnormal, huge and NaN scales: a prequantized file may hold any."""
     weight = quantize(torch.randn(8, 64 * 256))
@@ -84,6 +102,10 @@ def test_without_the_library_the_reference_serves() -> None:
     expected = torch.empty(8, 128)
     reference.dequantize_(*storage(weight), 0, expected)
     assert widest_isa() is None
+    assert not native.dequantizes_columns(torch.float32)
+    grad = torch.randn(3, 8)
+    actual = torch.ops.lorasrv.nf4_linear_grad(grad, *storage(weight))
+    torch.testing.assert_close(actual, grad @ expected)  # sums of 8 products in another order
     assert torch.equal(dequantize(weight), expected)
 
 

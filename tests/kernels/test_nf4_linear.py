@@ -1,11 +1,13 @@
 """The NF4 linear layer: a row's bits, its gradient, and the ops' contracts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear, quantize, reference
+from lorasrv_kernels.nf4 import NF4Weight, dequantize, gradient, nf4_linear, quantize, reference
+from lorasrv_kernels.workspace import thread_workspace
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -99,14 +101,51 @@ def test_in_place_and_functional_are_one() -> None:
         assert torch.equal(out, nf4_linear(x, weight))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_is_that_of_the_dense_layer(dtype: torch.dtype) -> None:
-    weight = fused((96, 33), 64)
-    x = torch.randn(21, 64).to(dtype).requires_grad_()
-    upstream = torch.randn(21, 129).to(dtype)
-    nf4_linear(x, weight).backward(upstream)
-    assert x.grad is not None
-    assert torch.equal(x.grad, upstream @ dequantize(weight, dtype=dtype))
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "in_features"), [*SHAPES, ((100,), 704)], ids=str)
+def test_gradient_is_that_of_the_dense_layer(rows: tuple[int, ...], in_features: int, dtype: torch.dtype) -> None:
+    weight = fused(rows, in_features)
+    for count in (0, 1, 21):
+        x = torch.randn(count, in_features).to(dtype).requires_grad_()
+        upstream = torch.randn(count, sum(rows)).to(dtype)
+        nf4_linear(x, weight).backward(upstream)
+        assert x.grad is not None
+        expected = upstream.double() @ dequantize(weight, dtype=dtype).double()
+        # float32 sums of up to 704 products, then one rounding to the dtype
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+        assert x.grad.dtype == dtype
+        assert (x.grad.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_gradient_and_reference_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the panels; those of columns, and those of rows."""
+    weight = fused((96, 33), 320)
+    grad = torch.randn(21, 129)
+    expected = grad @ dequantize(weight)
+    for columns in (64, 128, 320):
+        monkeypatch.setattr(gradient, "MIN_COLUMNS", columns)
+        monkeypatch.setattr(gradient, "PANEL_BYTES", 1)
+        actual = torch.ops.lorasrv.nf4_linear_grad(grad, *storage(weight), 320)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        reference.linear_grad_by_panels(grad, *storage(weight), 320), expected, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_no_more_than_a_panel_is_ever_dequantized() -> None:
+    """Four bits stay four bits: of a large weight too."""
+    assert gradient.panel_columns(1 << 17, torch.bfloat16, gradient.PANEL_BYTES) == gradient.MIN_COLUMNS
+    weight = quantize(torch.zeros(2048, 4096))
+
+    def scratch_bytes() -> int:
+        torch.ops.lorasrv.nf4_linear_grad(torch.zeros(2, 2048), *storage(weight), 4096)
+        return thread_workspace().num_bytes
+
+    # a thread has scratch of its own
+    with ThreadPoolExecutor() as threads:
+        num_bytes = threads.submit(scratch_bytes).result()
+    assert 0 < num_bytes <= gradient.PANEL_BYTES + (1 << 20)
 
 
 def test_training_after_serving_uses_the_same_scratch() -> None:
@@ -156,6 +195,8 @@ def test_refusals_name_what_was_expected() -> None:
         nf4_linear(x.long(), weight)
     with pytest.raises(KernelError, match=r"out must be contiguous torch.float32 \[5, 6\], got torch.float32 \[5, 7\]"):
         nf4_linear(x, weight, out=torch.empty(5, 7))
+    with pytest.raises(KernelError, match=r"grad must be \[T, 6\] .* got torch.float32 \[5, 7\]"):
+        torch.ops.lorasrv.nf4_linear_grad(torch.zeros(5, 7), *storage(weight), 64)
     with pytest.raises(KernelError, match=r"within 6 rows, got torch.float32 \[4, 64\] from row 3 on"):
         dequantize(weight, start_row=3, stop_row=7)
 

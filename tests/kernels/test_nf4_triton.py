@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
 from lorasrv_kernels import triton_modules
-from lorasrv_kernels.nf4 import NF4Weight, cuda, quantize, reference
+from lorasrv_kernels.nf4 import NF4Weight, cuda, gradient, quantize, reference
 from lorasrv_kernels.nf4.container import slice_starts
 from torch import Tensor
 
@@ -69,6 +69,41 @@ def test_dequantizes_the_bits_of_the_reference(
         # the interpreter cuts bits off where devices round to bfloat16: one unit in the last place
         tolerance = 2**-7 if INTERPRETING and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(out, expected[start:stop], rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "in_features"), SHAPES, ids=str)
+def test_dequantizes_columns(
+    triton_device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], in_features: int
+) -> None:
+    weight = fused(rows, in_features, triton_device)
+    expected = dense(weight, dtype)
+    for start, stop in {(0, in_features), (in_features - 64, in_features), (0, 64)}:
+        out = torch.full((sum(rows), stop - start), torch.nan, dtype=dtype, device=triton_device)
+        kernels().dequantize_columns_(*storage(weight), in_features, start, out)
+        # the interpreter cuts bits off where devices round to bfloat16: one unit in the last place
+        tolerance = 2**-7 if INTERPRETING and dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(out, expected[:, start:stop], rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 21])
+def test_gradient_is_that_of_the_dense_layer_in_every_dtype(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int
+) -> None:
+    weight = fused((40, 32, 33), 320, triton_device)
+    grad = torch.randn(num_tokens, 105, device=triton_device).to(dtype)
+    monkeypatch.setattr(gradient, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(kernels(), "CHUNK_BYTES", 105 * 128 * dtype.itemsize)
+    actual = cuda.linear_grad(grad, *storage(weight), 320)
+    # float32 sums of the same weights, then one rounding to the dtype
+    tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if INTERPRETING else 4e-3}[dtype]
+    assert actual.dtype == dtype
+    assert not num_tokens or relative_error(actual, grad, dense(weight, dtype).T) < tolerance
 
 
 @pytest.mark.gpu
@@ -147,6 +182,8 @@ def test_the_ops_take_strides_and_odd_widths(triton_device: torch.device) -> Non
         x = torch.randn(in_features, 5, device=triton_device).T
         expected = dense(weight, torch.float32)
         assert relative_error(cuda.linear(x, *storage(weight)), x, expected) < 1e-6  # float32 sums
+        grad = torch.randn(12, 5, device=triton_device).T
+        assert relative_error(cuda.linear_grad(grad, *storage(weight), in_features), grad, expected.T) < 1e-6
         out = torch.empty_like(expected)
         cuda.dequantize_(*storage(weight), in_features, 0, out)
         assert torch.equal(out, expected)
@@ -158,7 +195,7 @@ def test_through_the_interpreter() -> None:
 
 
 def test_the_ops_are_registered_for_cuda() -> None:
-    for name in ("nf4_dequantize_", "nf4_linear_", "nf4_linear"):
+    for name in ("nf4_dequantize_", "nf4_linear_", "nf4_linear", "nf4_linear_grad"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasrv::{name}", "CUDA")
 
 
@@ -221,9 +258,12 @@ def test_compiles_the_linear_layer(
 def test_compiles_the_dequantization(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     rows, in_features = (4096, 1024, 1024), 4096
     out = torch.empty(1024, in_features, dtype=torch.bfloat16, device="meta")
+    panel = torch.empty(6144, 1920, dtype=torch.bfloat16, device="meta")
     storage = meta(rows, in_features)
     launches = aot.record(monkeypatch, lambda: kernels().dequantize_(*storage, in_features, 100, out))
-    (kernel,) = [aot.compile_launch(launch, capability) for launch in launches]
-    kernel.check(capability)
-    # whole 16 bytes are written at a time
-    assert "STG.E.128" in kernel.sass
+    launches += aot.record(monkeypatch, lambda: kernels().dequantize_columns_(*storage, in_features, 1920, panel))
+    assert [launch.name for launch in launches] == ["_dequantize_kernel", "_dequantize_columns_kernel"]
+    for kernel in [aot.compile_launch(launch, capability) for launch in launches]:
+        kernel.check(capability)
+        # whole 16 bytes are written at a time
+        assert "STG.E.128" in kernel.sass

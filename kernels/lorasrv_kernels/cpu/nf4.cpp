@@ -99,6 +99,25 @@ void slice_blocks(const Slice& slice, int64_t first, int64_t last, T* out, int32
     }
 }
 
+// Columns [start, start + width) of a slice's rows, whole blocks, into out, whose rows are `width` wide.
+template <typename T>
+void slice_columns(const Slice& slice, int64_t rows, int64_t in_features, int64_t start, int64_t width, T* out,
+                   int32_t isa) {
+    const int64_t row_blocks = in_features / kBlock, blocks = width / kBlock;
+#pragma omp parallel for schedule(static) if (rows * blocks >= kParallelBlocks)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t first = row * row_blocks + start / kBlock;
+        T* target = out + row * width;
+#if defined(__x86_64__)
+        if (isa >= kAvx512) {
+            avx512_blocks(slice, first, first + blocks, target);
+            continue;
+        }
+#endif
+        portable_blocks(slice, first, first + blocks, target);
+    }
+}
+
 }  // namespace
 
 // Rows [start_row, start_row + num_rows) of a matrix of slices into out [num_rows, in_features], contiguous.
@@ -126,5 +145,27 @@ extern "C" void lorasrv_nf4_dequantize(const uint8_t* packed, const uint8_t* abs
         }
         slice_row += out_features[index];
         slice = slice.next(out_features[index] * row_blocks);
+    }
+}
+
+// Columns [start_column, start_column + num_columns), both multiples of 64, of all rows into out [O, num_columns].
+extern "C" void lorasrv_nf4_dequantize_columns(const uint8_t* packed, const uint8_t* absmax, const float* nested_absmax,
+                                               const float* offset, const float* levels, const float* nested_codes,
+                                               const int64_t* out_features, int64_t num_slices, int64_t in_features,
+                                               int64_t start_column, int64_t num_columns, void* out, int32_t dtype,
+                                               int32_t isa) {
+    int64_t row = 0;
+    Slice slice{packed, absmax, nested_absmax, 0, levels, nested_codes};
+    for (int64_t index = 0; index < num_slices; ++index) {
+        slice.offset = offset[index];
+        const int64_t rows = out_features[index], position = row * num_columns;
+        if (dtype == kBfloat16)
+            slice_columns(slice, rows, in_features, start_column, num_columns, static_cast<uint16_t*>(out) + position,
+                          isa);
+        else
+            slice_columns(slice, rows, in_features, start_column, num_columns, static_cast<float*>(out) + position,
+                          isa);
+        row += rows;
+        slice = slice.next(rows * (in_features / kBlock));
     }
 }

@@ -1,6 +1,6 @@
 """Registers the NF4 ops for CUDA: Triton for I % 64 == 0, the reference for the rest and where there is no Triton."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -53,6 +53,22 @@ def linear(
     return out
 
 
+def linear_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+) -> Tensor:
+    """`nf4_linear_grad` on CUDA tensors."""
+    op.check_linear_grad(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
+    gradient: Callable[..., Tensor] = getattr(_kernels(in_features), "linear_grad", reference.linear_grad_by_panels)
+    with torch.cuda.device_of(grad):
+        return gradient(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
+
+
 def _kernels(in_features: int) -> ModuleType | None:
     return None if in_features % BLOCK_SIZE else triton_modules.load("lorasrv_kernels.nf4.triton_kernels")
 
@@ -61,3 +77,4 @@ _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.impl("nf4_dequantize_", dequantize_, "CUDA")
 _library.impl("nf4_linear_", linear_, "CUDA")
 _library.impl("nf4_linear", linear, "CUDA")
+_library.impl("nf4_linear_grad", linear_grad, "CUDA")

@@ -15,6 +15,7 @@ from lorasrv_kernels.nf4.codes import BLOCK_SIZE, levels, nested_codes
 
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _DEQUANTIZE_ARGUMENTS = [_POINTER] * 7 + [_SIZE] * 4 + [_POINTER] + [_NUMBER] * 2
+_COLUMNS_ARGUMENTS = [_POINTER] * 7 + [_SIZE] * 4 + [_POINTER] + [_NUMBER] * 2
 _LINEAR_ARGUMENTS = [_POINTER] * 8 + [_SIZE] * 3 + [_POINTER] * 2 + [_NUMBER] * 3
 
 
@@ -60,6 +61,53 @@ def dequantize_(
         version,
     )
     return True
+
+
+def dequantizes_columns(dtype: torch.dtype) -> bool:
+    """Whether `dequantize_columns_` has a version for weights of this dtype and I % 64 == 0."""
+    return dtype in DTYPES and _function("lorasrv_nf4_dequantize_columns", tuple(_COLUMNS_ARGUMENTS)) is not None
+
+
+def dequantize_columns_(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+    start_column: int,
+    out: Tensor,
+    *,
+    isa: Isa | None = None,
+) -> None:
+    """Writes the columns from `start_column` on into out [O, columns], with the reference's own bits.
+
+    Args:
+        packed, absmax, nested_absmax, offset, out_features, in_features: as the op takes them; I a multiple of 64.
+        start_column: a multiple of 64.
+        out: contiguous, a multiple of 64 wide.
+        isa: one that the machine must have; None for the one in use.
+
+    Only for what `dequantizes_columns` is true of.
+    """
+    version = isa_in_use() if isa is None else isa
+    function = _function("lorasrv_nf4_dequantize_columns", tuple(_COLUMNS_ARGUMENTS))
+    assert function is not None, "the caller has asked"
+    function(
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        nested_absmax.data_ptr(),
+        offset.data_ptr(),
+        *_tables(),
+        _rows(tuple(out_features)),
+        len(out_features),
+        in_features,
+        start_column,
+        out.shape[1],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        version,
+    )
 
 
 def linear_(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lorasrv_kernels.dense.op import check_out
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.nf4 import native, reference
+from lorasrv_kernels.nf4 import gradient, native, reference
+from lorasrv_kernels.nf4.codes import BLOCK_SIZE
 from lorasrv_kernels.nf4.container import check_storage
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, int[] out_features"
@@ -68,6 +69,24 @@ def check_linear(
     wrong = [] if out is None else check_out(x, sum(out_features), out)
     if wrong:
         raise KernelError("nf4_linear_: " + "; ".join(wrong))
+
+
+def check_linear_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+) -> None:
+    """Raises KernelError naming every argument that breaks the contract of `nf4_linear_grad`."""
+    num_rows = sum(out_features)
+    if grad.ndim != 2 or grad.shape[1] != num_rows or grad.dtype not in DTYPES:
+        raise KernelError(
+            f"nf4_linear_grad: grad must be [T, {num_rows}] of {DTYPES}, got {grad.dtype} {list(grad.shape)}"
+        )
+    check_storage(packed, absmax, nested_absmax, offset, out_features, in_features)
 
 
 def _nf4_dequantize_(
@@ -148,8 +167,27 @@ def _nf4_linear_grad(
     out_features: Sequence[int],
     in_features: int,
 ) -> Tensor:
+    check_linear_grad(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
     return reference.linear_grad_by_panels(
         grad, packed, absmax, nested_absmax, offset, out_features, in_features, dequantize=_dequantize_op
+    )
+
+
+def _nf4_linear_grad_cpu(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+) -> Tensor:
+    if in_features % BLOCK_SIZE or not native.dequantizes_columns(grad.dtype):
+        return _nf4_linear_grad(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
+    check_linear_grad(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
+    storage = (packed, absmax, nested_absmax, offset, out_features, in_features)
+    return gradient.linear_grad_by_columns(
+        grad, *storage, dequantize_columns=native.dequantize_columns_, panel_bytes=gradient.PANEL_BYTES
     )
 
 
@@ -169,7 +207,7 @@ def _grad_shape(
     out_features: Sequence[int],
     in_features: int,
 ) -> Tensor:
-    del packed, absmax, nested_absmax, offset, out_features
+    check_linear_grad(grad, packed, absmax, nested_absmax, offset, out_features, in_features)
     return grad.new_empty(grad.shape[0], in_features)
 
 
@@ -196,5 +234,6 @@ _library.impl("nf4_linear_", check_linear, "Meta")
 _library.impl("nf4_linear", _nf4_linear, "CompositeExplicitAutograd")
 _library.impl("nf4_linear", _linear_shape, "Meta")
 _library.impl("nf4_linear_grad", _nf4_linear_grad, "CompositeExplicitAutograd")
+_library.impl("nf4_linear_grad", _nf4_linear_grad_cpu, "CPU")
 _library.impl("nf4_linear_grad", _grad_shape, "Meta")
 torch.library.register_autograd("lorasrv::nf4_linear", _backward, setup_context=_setup_context, lib=_library)

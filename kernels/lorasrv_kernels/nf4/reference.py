@@ -119,7 +119,7 @@ def linear_grad_by_panels(
     *,
     dequantize: Dequantize = dequantize_,
 ) -> Tensor:
-    """grad W [T, I] of grad [T, O]; sums over panels in float32, rounded once."""
+    """grad W [T, I] of grad [T, O]; a panel's part has the dtype of grad, their sum is float32, rounded once."""
     num_rows = grad.shape[1]
     step = panel_rows(in_features, grad.dtype)
     total: Tensor | None = None

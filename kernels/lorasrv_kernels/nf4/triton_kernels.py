@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, NESTED_BLOCK_SIZE, levels, nested_codes
 from lorasrv_kernels.nf4.container import slice_starts
+from lorasrv_kernels.nf4.gradient import linear_grad_by_columns
 
 MAX_FUSED_TOKENS = 64
 """Up to so many token rows the product reads the codes themselves; beyond, dequantized chunks go to the library."""
@@ -118,6 +119,55 @@ def dequantize_(
         # the reference rounds a scale's product before it adds the offset
         enable_fp_fusion=False,
     )
+
+
+def dequantize_columns_(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+    start_column: int,
+    out: Tensor,
+) -> None:
+    """Writes the columns from `start_column` on into out [O, columns], both multiples of 64."""
+    num_blocks = out.numel() // BLOCK_SIZE
+    if not num_blocks:
+        return
+    _dequantize_columns_kernel[(triton.cdiv(num_blocks, DEQUANTIZE_BLOCKS),)](
+        packed,
+        absmax,
+        nested_absmax,
+        offset,
+        slice_table(tuple(out_features), in_features, out.device),
+        levels(out.device),
+        nested_codes(out.device),
+        out,
+        start_column // BLOCK_SIZE,
+        num_blocks,
+        out.shape[1] // BLOCK_SIZE,
+        SLICES=len(out_features),
+        NESTED=NESTED_BLOCK_SIZE,
+        ROW_BLOCKS=in_features // BLOCK_SIZE,
+        BLOCKS=DEQUANTIZE_BLOCKS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def linear_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    in_features: int,
+) -> Tensor:
+    """grad W [T, I] of grad [T, O]."""
+    storage = (packed, absmax, nested_absmax, offset, out_features, in_features)
+    return linear_grad_by_columns(grad, *storage, dequantize_columns=dequantize_columns_, panel_bytes=CHUNK_BYTES)
 
 
 def linear_(
@@ -224,8 +274,39 @@ def _dequantize_kernel(
 ):
     """One program writes BLOCKS blocks of 64 weights."""
     local = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    valid = local < num_blocks
-    blocks = local + first_block
+    storage = (packed, absmax, nested_absmax, offset, slices, levels, nested_codes)
+    _dequantize_blocks(storage, local, local + first_block, local < num_blocks, out, SLICES, NESTED)
+
+
+@triton.jit(do_not_specialize=["first_block", "num_blocks"])
+def _dequantize_columns_kernel(
+    packed,  # [bytes] uint8
+    absmax,  # [blocks] uint8
+    nested_absmax,  # [nested blocks] float32
+    offset,  # [SLICES] float32
+    slices,  # [SLICES, 2] int32
+    levels,  # [16] float32
+    nested_codes,  # [256] float32
+    out,  # [num_blocks * 64], WIDTH blocks of each row
+    first_block,
+    num_blocks,
+    width,
+    SLICES: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The same for `width` blocks of each row, the first row's from `first_block` on."""
+    local = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    blocks = local // width * ROW_BLOCKS + local % width + first_block
+    storage = (packed, absmax, nested_absmax, offset, slices, levels, nested_codes)
+    _dequantize_blocks(storage, local, blocks, local < num_blocks, out, SLICES, NESTED)
+
+
+@triton.jit
+def _dequantize_blocks(storage, local, blocks, valid, out, SLICES: tl.constexpr, NESTED: tl.constexpr):
+    """Writes the blocks to the places `local`, in blocks of 64."""
+    packed, absmax, nested_absmax, offset, slices, levels, nested_codes = storage
     ahead, mean = _slice_of(blocks, slices, offset, SLICES)
     code = tl.load(absmax + blocks, mask=valid, other=0).to(tl.int32)
     wide = tl.load(nested_absmax + (blocks - ahead) // NESTED, mask=valid, other=0.0)
@@ -234,7 +315,7 @@ def _dequantize_kernel(
     codes = tl.load(packed + byte, mask=valid[:, None], other=0).to(tl.int32)
     even = tl.load(levels + (codes >> 4)) * scale[:, None]
     odd = tl.load(levels + (codes & 15)) * scale[:, None]
-    weights = tl.reshape(tl.join(even, odd), (BLOCKS, 64))
+    weights = tl.reshape(tl.join(even, odd), (local.shape[0], 64))
     place = local.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out + place, weights.to(out.dtype.element_ty), mask=valid[:, None])
 
