@@ -6,6 +6,7 @@ Letters: M modules of the base, R rank, I in-features, O out-features, N element
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from lorasrv_kernels.table import ABSENT_ROW, Column, floats_at, ids_at, raw_elements
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from lorasrv_adapters.base import BaseModel, table_order
 from lorasrv_adapters.errors import AdapterIncompatibleError
-from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
+
+if TYPE_CHECKING:
+    # so that resident adapters do not need what reading them needs
+    from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
 
 ALIGN_ELEMENTS = 32
 """Every piece starts at a multiple of this many elements: 64 bytes in 16-bit arenas, 128 in 32-bit ones."""
@@ -43,13 +47,13 @@ class AdapterImage:
         return self.flat.nbytes + self.table.nbytes
 
 
-def module_bytes(module: NormalizedModule, dtype: torch.dtype) -> int:
+def module_bytes(module: "NormalizedModule", dtype: torch.dtype) -> int:
     """Return the bytes that a module takes in an image of a dtype."""
     (_, num_elements) = _lay_out([_pieces(module, transposed_a=False)], dtype)
     return num_elements * dtype.itemsize
 
 
-def pack_image(adapter: NormalizedAdapter, base: BaseModel, dtype: torch.dtype) -> AdapterImage:
+def pack_image(adapter: "NormalizedAdapter", base: BaseModel, dtype: torch.dtype) -> AdapterImage:
     """Pack an adapter into one image.
 
     Args:
@@ -90,7 +94,7 @@ _RAW: Mapping[Column, Callable[[Tensor, int, int], Tensor]] = {
 """Pieces that keep their own dtype."""
 
 
-def _pieces(module: NormalizedModule, *, transposed_a: bool) -> dict[Column, Tensor]:
+def _pieces(module: "NormalizedModule", *, transposed_a: bool) -> dict[Column, Tensor]:
     pieces: dict[Column, Tensor | None] = {
         Column.A: (module.a.T if transposed_a else module.a) if module.rank else None,
         Column.B_T: module.b.T if module.rank else None,
@@ -120,7 +124,7 @@ def _lay_out(modules: list[dict[Column, Tensor]], dtype: torch.dtype) -> tuple[l
     return table, end
 
 
-def _count(row: list[int], module: NormalizedModule) -> None:
+def _count(row: list[int], module: "NormalizedModule") -> None:
     row[Column.RANK] = module.rank
     row[Column.NUM_ROWS] = 0 if module.rows is None else len(module.rows.values)
 

@@ -70,23 +70,18 @@ class AdapterSlots:
         self._extents = extents
         self._observer = observer or SilentObserver()
         self._absent = torch.tensor(ABSENT_ROW, dtype=torch.int64).repeat(num_modules, 1)
-        self._table = self._absent.repeat(max_adapters + 1, 1, 1).to(arena.device)
+        self._table = self._absent.repeat(max_adapters, 1, 1).to(arena.device)
         self._free_slots = list(reversed(range(max_adapters)))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         self._unions: dict[frozenset[int], frozenset[int]] = {}
 
     @property
     def table(self) -> Tensor:
-        """[S + 1, M, 8], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
+        """[S, M, 8], int64, on the arena's device: rows as in `AdapterImage.table`, with offsets into the arena.
 
         Always the same tensor, changed in place. The rows of a free slot are those of no adapter.
         """
         return self._table
-
-    @property
-    def empty_slot(self) -> int:
-        """The last row of the table, S: a slot that never holds an adapter, for rows that must name one."""
-        return len(self._table) - 1
 
     def touched(self, slots: Iterable[int]) -> frozenset[int]:
         """Return the modules, as places in the table, that the adapters in these slots change in any way."""

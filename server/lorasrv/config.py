@@ -83,6 +83,12 @@ class ServeConfig:
         "The instruction set of native kernels on a CPU; auto takes the widest there is, others are for comparing.",
         metavar="auto|portable|avx2|avx512|avx512_bf16",
     )
+    cuda_graphs: Literal["on", "off"] = setting(
+        "on",
+        choice("on", "off"),
+        "Capture decode steps at start and replay them, on a GPU; off is for comparing.",
+        metavar="on|off",
+    )
     max_model_len: int | None = setting(
         None, integer, "The longest prompt plus answer, in tokens. Default: what the model allows.", metavar="N"
     )

@@ -26,6 +26,9 @@ from lorasrv.engine.sampler import most_probable
 from lorasrv.engine.sequence import ScheduledSequence
 from lorasrv.model.decoder import DecoderModel
 
+WAITS = "called a synchronizing CUDA operation"
+"""How PyTorch's message begins for a call that waits for the device, which no graph can hold."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +57,18 @@ class CudaGraph:
         self._pool = pool
 
     def capture(self, run: Callable[[], None]) -> None:
-        """See `Graph`."""
+        """See `Graph`.
+
+        Raises:
+            RuntimeError: `run` waits for the device; the message begins with `WAITS`.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        # names the call that waits, where a capture would only say that it failed
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         # other threads may load adapters meanwhile
         with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
@@ -167,12 +181,23 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 def cuda_graphs(model: DecoderModel, memory: DeviceMemory, *, max_num_seqs: int) -> DecodeGraphs | None:
-    """Captures the decode steps of a model on CUDA; None on another device, which has no graphs."""
+    """Captures the decode steps of a model on CUDA.
+
+    Returns:
+        None where there are no graphs: on another device, or, with a warning, where the model's steps wait for the
+        device, as the PyTorch path of some kernels does that serves without Triton.
+    """
     if model.device.type != "cuda":
         return None
     pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.device(model.device):
-        return DecodeGraphs(model, memory, max_num_seqs=max_num_seqs, new_graph=lambda: CudaGraph(pool))
+    try:
+        with torch.cuda.device(model.device):
+            return DecodeGraphs(model, memory, max_num_seqs=max_num_seqs, new_graph=lambda: CudaGraph(pool))
+    except RuntimeError as error:
+        if not str(error).startswith(WAITS):
+            raise
+        _log.warning("decode steps are not captured: %s", error)
+        return None
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,14 +1,14 @@
 """What a decode step reads and no other step does: tokens, places and slots of its rows, always at the same addresses.
 
 Rows beyond the sequences' own fill the batch up to its fixed size. They write to a block that no sequence has, attend
-to nothing and name the slot that never holds an adapter. Knows rows, blocks and slots; knows no model.
+to nothing and use neither an adapter nor a bias. Knows rows, blocks and slots; knows no model.
 """
 
 from collections.abc import Collection, Sequence
 
 import torch
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span
-from lorasrv_kernels.batch import NO_SLOT, SlotBatch
+from lorasrv_kernels.batch import NO_ROW, NO_SLOT, SlotBatch
 from torch import Tensor
 
 from lorasrv.engine.memory import DeviceMemory
@@ -40,13 +40,13 @@ class DecodeInputs:
                 "rows": (int64, (num_rows,)),
                 "tile_slots": (int32, (num_rows,)),
                 "tile_starts": (int32, (num_rows + 1,)),
+                "base_rows": (int64, (num_rows,)),
                 "tiles": (int32, (num_rows, 4)),
                 "block_tables": (int32, (num_rows, table_blocks)),
             },
             device=memory.arena.device,
         )
         self._weights = torch.ones(num_rows, device=memory.arena.device)
-        self._no_rows = torch.zeros(0, dtype=int64, device=memory.arena.device)
         self.write([])
 
     @property
@@ -75,8 +75,7 @@ class DecodeInputs:
                     weights=self._weights,
                     tile_slots=device["tile_slots"],
                     tile_starts=device["tile_starts"],
-                    # the base's rows have an entry of the empty slot, so that the number of entries is fixed, too
-                    base_rows=self._no_rows,
+                    base_rows=device["base_rows"],
                 ),
                 touched,
             ),
@@ -103,16 +102,15 @@ class DecodeInputs:
         self._staged.upload()
 
     def _write_slots(self, slots: Sequence[int]) -> None:
-        empty = self._memory.slots.empty_slot
-        entries = [empty if slot == NO_SLOT else slot for slot in slots]
-        batch = SlotBatch.from_slots(entries + [empty] * (self.num_rows - len(slots)))
-        host, num_tiles = self._staged.host, len(batch.tile_slots)
-        host["rows"].copy_(batch.rows)
+        batch, host = SlotBatch.from_slots(slots), self._staged.host
+        num_entries, num_tiles, num_base_rows = (len(part) for part in (batch.rows, batch.tile_slots, batch.base_rows))
+        host["rows"][:num_entries] = batch.rows
         host["tile_slots"][:num_tiles] = batch.tile_slots
-        host["tile_slots"][num_tiles:] = empty
+        host["tile_slots"][num_tiles:] = NO_SLOT
         host["tile_starts"][: num_tiles + 1] = batch.tile_starts
-        # tiles of no entries
-        host["tile_starts"][num_tiles + 1 :] = self.num_rows
+        host["tile_starts"][num_tiles + 1 :] = num_entries
+        host["base_rows"][:num_base_rows] = batch.base_rows
+        host["base_rows"][num_base_rows:] = NO_ROW
 
     def _filled(self, values: list[int]) -> Tensor:
         return torch.tensor(values + [0] * (self.num_rows - len(values)))

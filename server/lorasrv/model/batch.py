@@ -15,7 +15,7 @@ class AdapterBatch:
     slots: SlotBatch
     arena: Tensor  # [N]
     """Numbers of the resident adapters, and the cache."""
-    table: Tensor  # [S or more, M, 8] int64
+    table: Tensor  # [S, M, 8] int64
     """Per slot and module of the model's order: columns as in `lorasrv_kernels.table`."""
     touched: Collection[int]
     """The modules, as places in the model's order, that any of these adapters changes."""

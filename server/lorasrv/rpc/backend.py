@@ -19,6 +19,7 @@ from lorasrv_kernels.cpu import library
 from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
+from lorasrv.engine.decode_graphs import cuda_graphs
 from lorasrv.engine.device import choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_device, resolve_dtype
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
@@ -101,14 +102,17 @@ class Backend:
         )
 
     def engine(self, on_outputs: Callable[[list[RequestOutput]], None]) -> Engine:
-        """Returns an engine over this backend, not started; there is one at a time."""
+        """Returns an engine over this backend, not started; there is one at a time. On a GPU it captures first."""
         limits = SchedulerLimits(
             max_num_seqs=self.config.max_num_seqs,
             max_batched_tokens=self.config.max_batched_tokens,
             max_model_len=self.model.max_positions,
         )
+        graphs = None
+        if self.config.cuda_graphs == "on":
+            graphs = cuda_graphs(self.model, self.memory, max_num_seqs=self.config.max_num_seqs)
         return Engine(
-            ModelRunner(self.model, self.memory),
+            ModelRunner(self.model, self.memory, graphs=graphs),
             Scheduler(limits, BlockAllocator(self.memory.num_blocks), self.memory),
             self.tokenizer,
             max_queue=self.config.max_queue,

@@ -58,6 +58,7 @@ VALUES = {
     "dtype": ("float32", "float32"),
     "exact": ("on", "on"),
     "cpu_isa": ("avx2", "avx2"),
+    "cuda_graphs": ("off", "off"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("5", 5),
     "max_batched_tokens": ("77", 77),

@@ -11,6 +11,7 @@ from lorasrv.engine.sequence import ScheduledSequence
 from lorasrv.engine.sequence import Sequence as LiveSequence
 from lorasrv.engine.staged import StagedTensors
 from lorasrv_kernels.attention import BLOCK_TOKENS
+from lorasrv_kernels.batch import NO_ROW, NO_SLOT
 from random_llama import TINY, random_adapter, random_llama
 
 NUM_BLOCKS = 9
@@ -54,7 +55,7 @@ def entries(inputs: DecodeInputs) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     for tile, slot in enumerate(slots.tile_slots.tolist()):
         rows.setdefault(slot, []).extend(slots.rows[starts[tile] : starts[tile + 1]].tolist())
-    return rows
+    return {slot: found for slot, found in rows.items() if slot >= 0 or found}
 
 
 def test_rows_are_those_of_the_sequences(memory: DeviceMemory) -> None:
@@ -71,7 +72,8 @@ def test_rows_are_those_of_the_sequences(memory: DeviceMemory) -> None:
     ]
     assert batch.attention.tiles.tolist() == [[0, 0, 1, 70], [1, 1, 1, 3], [2, 2, 1, 31], [3, 3, 1, 32]]
     assert batch.attention.block_tables[:, :3].tolist()[0] == [1, 3, 5]
-    assert entries(inputs) == {0: [2], 1: [3], 2: [0], memory.slots.empty_slot: [1]}
+    assert entries(inputs) == {0: [2], 1: [3], 2: [0]}
+    assert batch.adapters.slots.base_rows.tolist() == [1, NO_ROW, NO_ROW, NO_ROW]
 
 
 def test_left_over_rows_do_nothing(memory: DeviceMemory) -> None:
@@ -84,7 +86,9 @@ def test_left_over_rows_do_nothing(memory: DeviceMemory) -> None:
     # the block that no sequence has
     assert set((batch.attention.slot_mapping[1:] // BLOCK_TOKENS).tolist()) == {NUM_BLOCKS}
     assert batch.attention.tiles.tolist() == [[0, 0, 1, 32], *[[0, 0, 0, 0]] * 3]
-    assert entries(inputs) == {1: [0], memory.slots.empty_slot: [1, 2, 3]}
+    assert entries(inputs) == {1: [0]}
+    assert batch.adapters.slots.tile_slots.tolist() == [1, NO_SLOT, NO_SLOT, NO_SLOT]
+    assert batch.adapters.slots.base_rows.tolist() == [NO_ROW] * 4
 
 
 def test_nothing_moves(memory: DeviceMemory) -> None:
