@@ -76,6 +76,7 @@ class DecodeInputs:
                     tile_slots=device["tile_slots"],
                     tile_starts=device["tile_starts"],
                     base_rows=device["base_rows"],
+                    exact=self._memory.exact,
                 ),
                 touched,
             ),

@@ -54,6 +54,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def resolve_exact(name: str, device: torch.device) -> bool:
+    """Returns whether neighbours may not change a bit, for "auto", "on" or "off"."""
+    return device.type == "cpu" if name == "auto" else name == "on"
+
+
 def default_adapter_bytes(model: DecoderModel, *, max_rank: int) -> int:
     """Returns bytes for a few adapters of the highest rank on all modules, which is many of the usual ones."""
     return _NUM_LARGEST_ADAPTERS * image_elements(model.base, rank=max_rank, dtype=model.dtype) * model.dtype.itemsize

@@ -26,6 +26,7 @@ class DeviceMemory:
         num_blocks: KV blocks for sequences.
         kv_cache: [P + 1, L, 2, Hkv, 32, D], a view of the arena; the last block is nobody's.
         slots: the resident adapters.
+        exact: as it was given.
 
     Args:
         config: the model's sizes.
@@ -36,6 +37,7 @@ class DeviceMemory:
             that is loaded must fit in there alone, so that it does once the others are idle.
         max_rank: largest rank of one module; larger adapters are refused when they are loaded.
         max_adapters: adapters on the device at once.
+        exact: whether no row's bits may depend on its neighbours, where giving that up is faster.
         observer: told of evictions; None: nobody is.
     """
 
@@ -50,6 +52,7 @@ class DeviceMemory:
         adapter_bytes: int,
         max_rank: int,
         max_adapters: int,
+        exact: bool = True,
         observer: AdapterObserver | None = None,
     ) -> None:
         block_shape = (config.num_layers, 2, config.num_kv_heads, BLOCK_TOKENS, config.head_size)
@@ -62,6 +65,7 @@ class DeviceMemory:
         )
         self.arena = torch.empty(self.layout.num_elements, dtype=dtype, device=device)
         self.kv_cache = self.arena[: self.layout.kv_elements].view(self.layout.num_blocks, *block_shape)
+        self.exact = exact
         self._max_rank = max_rank
         self.slots = AdapterSlots(
             self.arena, self.layout, num_modules=len(table_order(base)), max_adapters=max_adapters, observer=observer
@@ -85,7 +89,7 @@ class DeviceMemory:
     def adapters(self, slots: Sequence[int]) -> AdapterBatch:
         """Describes token rows by the slot of each; `NO_SLOT` for the plain base."""
         return self.adapter_batch(
-            SlotBatch.from_slots(slots, device=self.arena.device), touched=self.slots.touched(slots)
+            SlotBatch.from_slots(slots, device=self.arena.device, exact=self.exact), touched=self.slots.touched(slots)
         )
 
     def adapter_batch(self, slots: SlotBatch, touched: Collection[int]) -> AdapterBatch:

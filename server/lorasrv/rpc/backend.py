@@ -20,7 +20,14 @@ from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
 from lorasrv.engine.decode_graphs import cuda_graphs
-from lorasrv.engine.device import choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_device, resolve_dtype
+from lorasrv.engine.device import (
+    choose_cpu_isa,
+    default_adapter_bytes,
+    default_kv_bytes,
+    resolve_device,
+    resolve_dtype,
+    resolve_exact,
+)
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
@@ -84,7 +91,7 @@ class Backend:
         cache = HostCache(config.host_cache_bytes)
         memory = _memory(config, model, metrics)
         # the digest first, so that no load has to find it out anew
-        facts = _facts(config, model, folder=folder)
+        facts = _facts(config, model, memory, folder=folder)
         registry = AdapterRegistry(
             _beside_the_engine(_loader(config, model, memory), device.type), cache, observer=metrics
         )
@@ -201,18 +208,19 @@ def _memory(config: ServeConfig, model: DecoderModel, metrics: ServerMetrics) ->
         adapter_bytes=config.adapter_bytes or default_adapter_bytes(model, max_rank=config.max_rank),
         max_rank=config.max_rank,
         max_adapters=config.max_adapters,
+        exact=resolve_exact(config.exact, model.device),
         observer=metrics,
     )
 
 
-def _facts(config: ServeConfig, model: DecoderModel, *, folder: Path) -> ServerFacts:
+def _facts(config: ServeConfig, model: DecoderModel, memory: DeviceMemory, *, folder: Path) -> ServerFacts:
     return ServerFacts(
         version=__version__,
         base_model=config.base or folder.name,
         base_digest=model.base.digest,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        exact=config.exact == "on" or (config.exact == "auto" and model.device.type == "cpu"),
+        exact=memory.exact,
         native_kernels=model.device.type == "cpu" and library.load() is not None,
         limits=RequestLimits(max_model_len=model.max_positions, vocab_size=model.config.vocab_size),
         defaults=_sampling_defaults(folder),

@@ -91,6 +91,13 @@ def test_left_over_rows_do_nothing(memory: DeviceMemory) -> None:
     assert batch.adapters.slots.base_rows.tolist() == [NO_ROW] * 4
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_exactness_reaches_the_kernels(memory: DeviceMemory, exact: bool) -> None:
+    memory.exact = exact
+    assert memory.adapters([0, -1]).slots.exact is exact
+    assert DecodeInputs(2, table_blocks=8, tile_tokens=8, memory=memory).batch(()).adapters.slots.exact is exact
+
+
 def test_nothing_moves(memory: DeviceMemory) -> None:
     inputs = DecodeInputs(2, table_blocks=8, tile_tokens=8, memory=memory)
     before = inputs.batch(range(3))

@@ -1,9 +1,10 @@
-"""The instruction set of native kernels, as a server is told."""
+"""What a server is told about the machine, and what that means here."""
 
 from collections.abc import Iterator
 
 import pytest
-from lorasrv.engine.device import choose_cpu_isa
+import torch
+from lorasrv.engine.device import choose_cpu_isa, resolve_device, resolve_exact
 from lorasrv.errors import ConfigError
 from lorasrv_kernels.cpu.isa import Isa, force_isa, forced_isa
 
@@ -28,3 +29,18 @@ def test_a_cpu_isa_that_the_machine_lacks_is_a_config_error(monkeypatch: pytest.
     monkeypatch.setattr("lorasrv_kernels.cpu.isa.widest_isa", lambda: Isa.AVX2)
     with pytest.raises(ConfigError, match=r"cpu_isa: .* one of portable, avx2 on this machine, got 'avx512'"):
         choose_cpu_isa("avx512")
+
+
+def test_cuda_without_a_cuda_device_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [("auto", "cpu", True), ("auto", "cuda", False), ("on", "cuda", True), ("off", "cpu", False)],
+)
+def test_exactness_is_the_rule_on_a_cpu_alone(name: str, device: str, expected: bool) -> None:
+    assert resolve_exact(name, torch.device(device)) is expected
