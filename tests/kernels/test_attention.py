@@ -13,6 +13,7 @@ from lorasrv_kernels.attention import (
     native,
     paged_attention,
     reference,
+    split_blocks,
     store_kv_,
     tile_tokens,
 )
@@ -260,10 +261,29 @@ def test_every_breach_of_the_contract_is_named() -> None:
     cache = torch.zeros(1, 2, 2, BLOCK_TOKENS, 16)
     with pytest.raises(ValueError, match=r"3 heads of size 16 do not fit.*cache must be torch.float16"):
         paged_attention(torch.zeros(2, 3, 16).half(), cache, batch, scale=1.0)
+    arguments = (torch.zeros(2, 2, 16), cache.float(), batch.block_tables, batch.tiles, 8, 1.0, 0, 0)
+    with pytest.raises(ValueError, match="split_blocks must be at least 1, got 0"):
+        torch.ops.lorasrv.paged_attention(*arguments)
     with pytest.raises(ValueError, match="window must be at least 0, got -1"):
         paged_attention(torch.zeros(2, 4, 16), cache, batch, scale=1.0, window=-1)
     with pytest.raises(ValueError, match="k and v must be one shape"):
         store_kv_(cache, torch.zeros(2, 2, 16), torch.zeros(2, 1, 16), batch)
+
+
+@pytest.mark.parametrize("store", [reference.store_kv_, native.store_kv_], ids=["reference", "native"])
+def test_a_token_without_a_place_is_not_stored(store: Callable[..., object]) -> None:
+    cache = torch.zeros(2, 2, 1, BLOCK_TOKENS, 16)
+    kept = store(cache, torch.ones(3, 1, 16), torch.ones(3, 1, 16), torch.tensor([3, -1, 40]))
+    if kept is False:
+        pytest.skip("the native library is not built")
+    assert cache.sum() == 2 * 2 * 16
+    assert cache[0, :, 0, 3].all()
+    assert cache[1, :, 0, 8].all()
+
+
+def test_splits_are_few_and_follow_the_longest_sequence() -> None:
+    lengths = (1, 2048, 16384, 16385, 131072)
+    assert [split_blocks(length) for length in lengths] == [8, 8, 8, 9, 64]
 
 
 def test_opcheck() -> None:
@@ -274,3 +294,4 @@ def test_opcheck() -> None:
     for window in (0, 1):
         arguments = (torch.randn(2, 4, 16), cache, batch.block_tables, batch.tiles, 8, 0.25, window)
         torch.library.opcheck(ops.paged_attention.default, arguments)
+        torch.library.opcheck(ops.paged_attention.default, (*arguments, 3))

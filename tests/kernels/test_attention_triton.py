@@ -1,6 +1,8 @@
 """Paged attention in Triton against the reference: interpreted, natively on CUDA, and compiled for CUDA devices."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
 from lorasrv_kernels import triton_modules
-from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, op, reference, tile_tokens
+from lorasrv_kernels.attention import BLOCK_TOKENS, SPLIT_BLOCKS, AttentionBatch, Span, op, reference, tile_tokens
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -63,8 +65,8 @@ class Step:
         scale = self.q.shape[-1] ** -0.5
         return self.q, self.cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window
 
-    def check(self, window: int) -> Tensor:
-        actual: Tensor = kernels().paged_attention(*self.arguments(window))
+    def check(self, window: int, *, split_blocks: int = SPLIT_BLOCKS) -> Tensor:
+        actual: Tensor = kernels().paged_attention(*self.arguments(window), split_blocks)
         expected = reference.paged_attention(*self.arguments(window))
         tolerance = TOLERANCES[actual.dtype]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -77,6 +79,32 @@ class Step:
 @pytest.mark.parametrize("window", [0, 7, 40])
 def test_decode_and_chunked_prefill_together(triton_device: torch.device, heads: tuple[int, int], window: int) -> None:
     Step(SPANS, heads=heads, dtype=torch.float32, device=triton_device).check(window)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("dtype", "window", "split_blocks"), [(torch.float32, 0, 1), (torch.float32, 40, 1), (torch.bfloat16, 0, 2)]
+)
+def test_splits_walked_side_by_side_or_in_turn_have_the_same_bits(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int, split_blocks: int
+) -> None:
+    step = Step(SPANS[2:], heads=(6, 2), dtype=dtype, device=triton_device)
+    side_by_side = step.check(window, split_blocks=split_blocks)
+    monkeypatch.setattr(kernels(), "ENOUGH_PROGRAMS", 0)
+    in_turn = step.check(window, split_blocks=split_blocks)
+    assert torch.equal(in_turn, side_by_side)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_table_wider_than_its_sequences_changes_no_bit(triton_device: torch.device) -> None:
+    step = Step(SPANS[2:5], heads=(4, 2), dtype=torch.float32, device=triton_device)
+    expected = step.check(0, split_blocks=2)
+    tables = step.batch.block_tables
+    step.batch = replace(step.batch, block_tables=torch.cat([tables, tables.new_full((len(tables), 9), 1 << 30)], 1))
+    actual = kernels().paged_attention(*step.arguments(0), 2)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu
@@ -105,42 +133,66 @@ def test_any_strides(triton_device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_and_neighbours_change_no_bit(triton_device: torch.device, dtype: torch.dtype) -> None:
-    together = Step([(0, 40), (50, 1)], heads=(4, 2), dtype=dtype, device=triton_device)
+    together = Step([(16, 24), (50, 1)], heads=(4, 2), dtype=dtype, device=triton_device)
     for window in (0, 9):
-        expected = together.check(window)
+        expected = together.check(window, split_blocks=1)
         # the same tokens alone in their step, from the middle of the prefill on; where a tile begins, because the
         # library that multiplies for the interpreter adds in an order that follows the row
-        rows = together.q[24:40]
+        rows = together.q[8:24]
         batch = AttentionBatch.from_spans(
             [Span(start=24, num_tokens=16, block_table=together.batch.block_tables[0].tolist())],
             tile_tokens=together.batch.tile_tokens,
             device=triton_device,
         )
         alone = kernels().paged_attention(
-            rows, together.cache, batch.block_tables, batch.tiles, batch.tile_tokens, 48**-0.5, window
+            rows, together.cache, batch.block_tables, batch.tiles, batch.tile_tokens, 48**-0.5, window, 1
         )
-        assert torch.equal(alone, expected[24:40])
+        assert torch.equal(alone, expected[8:24])
 
 
 @pytest.mark.gpu
 def test_a_tile_of_no_tokens_writes_nothing(triton_device: torch.device) -> None:
     step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
-    expected = step.check(0)
+    expected = step.check(0, split_blocks=1)
     step.batch.tiles.resize_(len(step.batch.tiles) + 2, 4)[-2:] = 0
-    assert torch.equal(kernels().paged_attention(*step.arguments(0)), expected)
+    assert torch.equal(kernels().paged_attention(*step.arguments(0), 1), expected)
 
 
 @pytest.mark.gpu
 def test_no_sequences(triton_device: torch.device) -> None:
     step = Step([], heads=(4, 2), dtype=torch.float32, device=triton_device)
-    assert kernels().paged_attention(*step.arguments(0)).shape == (0, 4, 48)
+    assert kernels().paged_attention(*step.arguments(0), 2).shape == (0, 4, 48)
+    kernels().store_kv_(step.cache, step.q[:, :2], step.q[:, :2], step.batch.slot_mapping)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [16, 48, 80])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_keys_and_values_are_stored(triton_device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    # more elements than one program stores
+    heads = 30
+    wide = torch.randn(7, 3 * heads, head_size, device=triton_device).to(dtype)
+    k, v = wide[:, heads : 2 * heads], wide[:, 2 * heads :].transpose(0, 1).contiguous().transpose(0, 1)
+    slots = torch.tensor([0, 33, 31, -1, 95, 64, -1], device=triton_device)
+    # two layers, of which one is written, with the lanes of a head apart
+    cache = torch.full((3, 2, 2, heads, head_size, BLOCK_TOKENS), torch.nan, device=triton_device).to(dtype)
+    expected, layer = cache.clone(), cache[:, 1].transpose(3, 4)
+    reference.store_kv_(expected[:, 1].transpose(3, 4), k, v, slots)
+    kernels().store_kv_(layer, k, v, slots)
+    assert torch.equal(cache.isnan(), expected.isnan())
+    assert torch.equal(cache.nan_to_num(), expected.nan_to_num())
+    assert int(cache.isnan().logical_not().sum()) == 5 * 2 * heads * head_size
 
 
 @pytest.mark.gpu
 def test_the_op_is_registered_for_cuda(triton_device: torch.device) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("lorasrv::paged_attention", "CUDA")
+    for name in ("paged_attention", "store_kv_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasrv::{name}", "CUDA")
     step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
-    assert torch.equal(op._attention_cuda(*step.arguments(0)), step.check(0))
+    assert torch.equal(op._attention_cuda(*step.arguments(0), 2), step.check(0))
+    op._store_cuda(step.cache, step.q[:, :2], step.q[:, 2:], step.batch.slot_mapping)
+    slot = int(step.batch.slot_mapping[0])
+    assert torch.equal(step.cache[slot // BLOCK_TOKENS, 1, :, slot % BLOCK_TOKENS], step.q[0, 2:])
 
 
 @native
@@ -153,18 +205,54 @@ def test_through_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("head_size", "window"), [(64, 0), (128, 0), (128, 4096)], ids=["Llama 3.2 1B", "Llama 3 8B", "Mistral 7B"]
 )
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks", "grids"),
+    [
+        (8, 8, [(8, 8, 1)]),
+        (8, 256, [(8, 8, 32), (8, 4 * 32)]),
+        (64, 256, [(64, 8, 1)]),
+    ],
+    ids=["one split", "side by side", "in turn"],
+)
 def test_compiles(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, head_size: int, window: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: int,
+    head_size: int,
+    window: int,
+    num_tokens: int,
+    blocks: int,
+    grids: list[tuple[int, ...]],
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with torch.device("meta"):
-        q = torch.empty(8, 32, head_size, dtype=torch.bfloat16)
+        q = torch.empty(num_tokens, 32, head_size, dtype=torch.bfloat16)
         cache = torch.empty(100, 2, 8, BLOCK_TOKENS, head_size, dtype=torch.bfloat16)
-        tables, tiles = (torch.empty(8, width, dtype=torch.int32) for width in (63, 4))
-    arguments = q, cache, tables, tiles, tile_tokens(32, 8), head_size**-0.5, window
+        tables, tiles = (torch.empty(num_tokens, width, dtype=torch.int32) for width in (blocks, 4))
+    arguments = q, cache, tables, tiles, tile_tokens(32, 8), head_size**-0.5, window, 8
     launches = aot.record(monkeypatch, lambda: kernels().paged_attention(*arguments))
-    (kernel,) = [aot.compile_launch(launch, capability) for launch in launches]
-    kernel.check(capability)
-    assert "HMMA.16816.F32.BF16" in kernel.sass
+    assert [launch.grid for launch in launches] == grids
+    compiled = [aot.compile_launch(launch, capability) for launch in launches]
+    for kernel in compiled:
+        kernel.check(capability)
+    assert "HMMA.16816.F32.BF16" in compiled[0].sass
     # keys and values come in whole 16 bytes
-    assert "LDGSTS.E.BYPASS.128" in kernel.sass
+    assert "LDGSTS.E.BYPASS.128" in compiled[0].sass
+    # a fused product here and not there would round differently
+    assert not any(re.search(r"FFMA.* R\d+, R\d+, R\d+, R\d+", kernel.sass) for kernel in compiled[1:])
+
+
+@native
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with torch.device("meta"):
+        heads = torch.empty(8, 48, 128, dtype=torch.bfloat16)
+        cache = torch.empty(100, 32, 2, 8, BLOCK_TOKENS, 128, dtype=torch.bfloat16)[:, 3]
+        slots = torch.empty(8, dtype=torch.int64)
+    store = kernels().store_kv_
+    (launch,) = aot.record(monkeypatch, lambda: store(cache, heads[:, 32:40], heads[:, 40:], slots))
+    kernel = aot.compile_launch(launch, capability)
+    kernel.check(capability)
+    assert "LDG.E.128" in kernel.sass
+    assert "STG.E.128" in kernel.sass

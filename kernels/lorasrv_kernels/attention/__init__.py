@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.attention import op as _op  # noqa: F401  registers the ops
-from lorasrv_kernels.attention.batch import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS, SPLIT_BLOCKS, AttentionBatch, Span, split_blocks, tile_tokens
 
-__all__ = ["BLOCK_TOKENS", "AttentionBatch", "Span", "paged_attention", "store_kv_", "tile_tokens"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "SPLIT_BLOCKS",
+    "AttentionBatch",
+    "Span",
+    "paged_attention",
+    "split_blocks",
+    "store_kv_",
+    "tile_tokens",
+]
 
 
 def store_kv_(cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
@@ -40,6 +49,6 @@ def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: f
         KernelError: shapes or dtypes break this contract.
     """
     result: Tensor = torch.ops.lorasrv.paged_attention(
-        q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window
+        q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window, batch.split_blocks
     )
     return result

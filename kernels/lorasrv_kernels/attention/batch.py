@@ -11,6 +11,11 @@ from lorasrv_kernels.errors import KernelError
 BLOCK_TOKENS = 32
 """Positions of one KV block."""
 
+SPLIT_BLOCKS = 8
+"""KV blocks that are attended to one after the other, where others are walked at the same time."""
+
+_MAX_SPLITS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
@@ -28,13 +33,15 @@ class AttentionBatch:
     """N sequences laid one after the other into T token rows, cut into K query tiles."""
 
     slot_mapping: Tensor  # [T] int64
-    """Cache position of each token: block * BLOCK_TOKENS + offset in the block."""
+    """Cache position of each token: block * BLOCK_TOKENS + offset in the block; -1: it is not stored."""
     block_tables: Tensor  # [N, P] int32
     """KV blocks of each sequence, padded with 0."""
     tiles: Tensor  # [K, 4] int32
-    """Per query tile: sequence, first token row, number of rows, position of the first row."""
+    """Per query tile: sequence, first token row, number of rows (0: it does nothing), position of the first."""
     tile_tokens: int
     """Most rows of a tile."""
+    split_blocks: int = SPLIT_BLOCKS
+    """KV blocks of one split on CUDA; part of the order of addition, so one number for all steps of a server."""
 
     @classmethod
     def from_spans(
@@ -66,6 +73,12 @@ class AttentionBatch:
             tiles=torch.tensor(tiles, dtype=torch.int32, device=device).view(len(tiles), 4),
             tile_tokens=tile_tokens,
         )
+
+
+def split_blocks(num_positions: int) -> int:
+    """KV blocks of one split where sequences have up to `num_positions` positions: so many that splits are few."""
+    num_blocks = -(-num_positions // BLOCK_TOKENS)
+    return max(SPLIT_BLOCKS, -(-num_blocks // _MAX_SPLITS))
 
 
 def tile_tokens(num_heads: int, num_kv_heads: int) -> int:

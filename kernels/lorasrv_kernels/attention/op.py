@@ -1,18 +1,20 @@
 """Contract of paged attention: schemas, checks, the default implementation and those for CUDA and CPU."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from lorasrv_kernels import triton_modules
 from lorasrv_kernels.attention import native, reference
-from lorasrv_kernels.attention.batch import BLOCK_TOKENS
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS, SPLIT_BLOCKS
 from lorasrv_kernels.errors import KernelError
 
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define("store_kv_(Tensor(a!) cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()")
 _library.define(
     "paged_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor tiles, int tile_tokens, float scale, "
-    "int window) -> Tensor"
+    f"int window, int split_blocks={SPLIT_BLOCKS}) -> Tensor"
 )
 
 
@@ -41,16 +43,23 @@ def check_store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> No
 
 
 def check_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tiles: Tensor,
+    tile_tokens: int,
+    scale: float,
+    window: int,
+    split_blocks: int = SPLIT_BLOCKS,
 ) -> Tensor:
     """Raises KernelError naming every argument that breaks the contract of `paged_attention`; the result is unset."""
     del scale
-    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window)
+    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window, split_blocks)
     return torch.empty_like(q)
 
 
 def _raise_if_wrong(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, window: int
+    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, window: int, split_blocks: int
 ) -> None:
     if q.ndim != 3:
         raise KernelError(f"paged_attention: q must be [T, H, D], got {list(q.shape)}")
@@ -61,6 +70,8 @@ def _raise_if_wrong(
         wrong.append(f"block_tables must be [N, P], got {list(block_tables.shape)}")
     if window < 0:
         wrong.append(f"window must be at least 0, got {window}")
+    if split_blocks < 1:
+        wrong.append(f"split_blocks must be at least 1, got {split_blocks}")
     if wrong:
         raise KernelError("paged_attention: " + "; ".join(wrong))
 
@@ -71,20 +82,49 @@ def _store(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
 
 
 def _attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tiles: Tensor,
+    tile_tokens: int,
+    scale: float,
+    window: int,
+    split_blocks: int = SPLIT_BLOCKS,
 ) -> Tensor:
-    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window, split_blocks)
     return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
 
 
 def _attention_cuda(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tiles: Tensor,
+    tile_tokens: int,
+    scale: float,
+    window: int,
+    split_blocks: int = SPLIT_BLOCKS,
 ) -> Tensor:
-    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
-    kernels = triton_modules.load("lorasrv_kernels.attention.triton_kernels") or reference
+    check_attention(q, cache, block_tables, tiles, tile_tokens, scale, window, split_blocks)
+    kernels = _kernels()
+    if kernels is None:
+        return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
     with torch.cuda.device_of(q):
-        result: Tensor = kernels.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
+        result: Tensor = kernels.paged_attention(
+            q, cache, block_tables, tiles, tile_tokens, scale, window, split_blocks
+        )
     return result
+
+
+def _store_cuda(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    check_store(cache, k, v, slot_mapping)
+    kernels = _kernels() or reference
+    with torch.cuda.device_of(cache):
+        kernels.store_kv_(cache, k, v, slot_mapping)
+
+
+def _kernels() -> ModuleType | None:
+    return triton_modules.load("lorasrv_kernels.attention.triton_kernels")
 
 
 def _store_cpu(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -94,9 +134,16 @@ def _store_cpu(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Non
 
 
 def _attention_cpu(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tiles: Tensor,
+    tile_tokens: int,
+    scale: float,
+    window: int,
+    split_blocks: int = SPLIT_BLOCKS,
 ) -> Tensor:
-    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window)
+    _raise_if_wrong(q, cache, block_tables, tiles, tile_tokens, window, split_blocks)
     out = native.paged_attention(q, cache, block_tables, tiles, scale, window)
     if out is None:
         return reference.paged_attention(q, cache, block_tables, tiles, tile_tokens, scale, window)
@@ -104,6 +151,7 @@ def _attention_cpu(
 
 
 _library.impl("store_kv_", _store, "CompositeExplicitAutograd")
+_library.impl("store_kv_", _store_cuda, "CUDA")
 _library.impl("store_kv_", _store_cpu, "CPU")
 _library.impl("store_kv_", check_store, "Meta")
 _library.impl("paged_attention", _attention, "CompositeExplicitAutograd")

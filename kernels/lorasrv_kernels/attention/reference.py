@@ -14,6 +14,8 @@ from lorasrv_kernels.attention.batch import BLOCK_TOKENS
 
 def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """See `lorasrv_kernels.attention.store_kv_`."""
+    stored = slot_mapping >= 0
+    k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
     block, offset = slot_mapping // BLOCK_TOKENS, slot_mapping % BLOCK_TOKENS
     cache[block, 0, :, offset] = k
     cache[block, 1, :, offset] = v

@@ -208,6 +208,7 @@ extern "C" void lorasrv_store_kv(char* cache, int64_t block_stride, int64_t valu
                                  const int64_t* slot_mapping, int64_t num_tokens, int64_t num_heads,
                                  int64_t row_bytes) {
     for (int64_t token = 0; token < num_tokens; ++token) {
+        if (slot_mapping[token] < 0) continue;
         char* place = cache + slot_mapping[token] / kBlockTokens * block_stride +
                       slot_mapping[token] % kBlockTokens * position_stride;
         for (int64_t head = 0; head < num_heads; ++head, place += cache_head_stride) {
