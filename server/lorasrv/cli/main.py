@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, check, convert, demo, generate, health, quantize, serve
+from lorasrv.cli import adapters, check, convert, demo, doctor, generate, health, quantize, serve
 from lorasrv.cli.console import print_error
 from lorasrv.cli.exit_codes import ExitCode, exit_code_for
 from lorasrv.cli.layers import suggestion
@@ -29,6 +29,7 @@ examples:
   lorasrv check ~/adapters/clerk --base ~/models/llama
   lorasrv convert ~/adapters/old --out ~/adapters/new
   lorasrv quantize ~/models/llama --out ~/models/llama-nf4
+  lorasrv doctor
 
 configuration:
   Each flag of serve is also a key of the YAML file given with --config and an environment
@@ -39,7 +40,7 @@ exit status:
   0 ok, 1 failure, 2 usage, 3 bad config or data, 4 not found, 5 unavailable,
   6 not allowed, 7 out of memory or disk, 130 interrupted"""
 
-_COMMANDS = (serve, demo, generate, adapters, check, convert, quantize, health)
+_COMMANDS = (serve, demo, generate, adapters, check, convert, quantize, health, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

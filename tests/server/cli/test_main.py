@@ -32,6 +32,7 @@ def test_help_names_every_command_and_exit_status(lorasrv):
         "convert",
         "quantize",
         "health",
+        "doctor",
         "130 interrupted",
         "LORASRV_MAX_RANK",
     ):
@@ -40,7 +41,7 @@ def test_help_names_every_command_and_exit_status(lorasrv):
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "demo", "generate", "adapters", "adapters load", "check", "convert", "quantize", "health"],
+    ["serve", "demo", "generate", "adapters", "adapters load", "check", "convert", "quantize", "health", "doctor"],
     ids=str,
 )
 def test_every_command_has_a_help_page(lorasrv, command):
