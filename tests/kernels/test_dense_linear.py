@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lorasrv_kernels.dense import dense_linear
+from lorasrv_kernels.dense import dense_linear, op
 from lorasrv_kernels.errors import KernelError
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,6 +41,22 @@ def test_neighbours_change_no_bit(shape: tuple[int, int], dtype: torch.dtype, nu
     assert torch.equal(dense_linear(x, weight), together)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_registered_for_cuda(dtype: torch.dtype, exact: bool) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lorasrv::dense_linear_", "CUDA")
+    torch.manual_seed(0)
+    weight, x = torch.randn(33, 100).to(dtype), torch.randn(100, 130).to(dtype).T
+    out = torch.full((130, 33), torch.nan, dtype=dtype)
+    op._dense_linear_cuda_(x, weight, out, exact)
+    torch.testing.assert_close(out, x @ weight.T, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if exact:
+        alone = torch.empty(1, 33, dtype=dtype)
+        op._dense_linear_cuda_(x[70:71], weight, alone, exact)
+        assert torch.equal(alone[0], out[70])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_features", [1, 4, 9, 15, 16, 17])
 def test_where_rows_lie_changes_no_bit(out_features: int, dtype: torch.dtype) -> None:
@@ -69,6 +85,7 @@ def test_ops_keep_torch_contracts() -> None:
     x, weight = torch.randn(5, 8), torch.randn(3, 8)
     torch.library.opcheck(torch.ops.lorasrv.dense_linear.default, (x.clone().requires_grad_(), weight))
     torch.library.opcheck(torch.ops.lorasrv.dense_linear_.default, (x, weight, torch.empty(5, 3)))
+    torch.library.opcheck(torch.ops.lorasrv.dense_linear_.default, (x, weight, torch.empty(5, 3), False))
 
 
 def test_refusals_name_what_was_expected() -> None:

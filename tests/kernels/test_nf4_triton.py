@@ -125,11 +125,23 @@ def test_equals_the_dense_product_in_every_dtype(
     check_product(fused((96, 32, 33), 128, triton_device), num_tokens, dtype)
 
 
-def check_product(weight: NF4Weight, num_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
+def test_exactly_any_number_of_rows(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    weight = fused((40, 30), 192, triton_device)
+    check_product(weight, 70, dtype, exact=True)
+    monkeypatch.setattr(kernels(), "MAX_PLANE_TOKENS", 33)
+    check_product(weight, 70, dtype, exact=True)
+
+
+def check_product(weight: NF4Weight, num_tokens: int, dtype: torch.dtype, *, exact: bool = False) -> None:
     num_rows, in_features = weight.shape
     x = torch.randn(num_tokens, in_features, device=weight.device).to(dtype)
     out = torch.full((num_tokens, num_rows), torch.nan, dtype=dtype, device=weight.device)
-    kernels().linear_(x, *storage(weight), out)
+    kernels().linear_(x, *storage(weight), out, exact)
     # float32 sums of a few hundred products of the same weights, then one rounding to the dtype
     tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if INTERPRETING else 4e-3}[dtype]
     assert not num_tokens or relative_error(out, x, dense(weight, dtype)) < tolerance
@@ -158,16 +170,16 @@ def test_chunks_of_rows_give_the_product(triton_device: torch.device, monkeypatc
     for num_bytes in (1, 64 * 4 * 7, 64 * 4 * 1000):
         monkeypatch.setattr(kernels(), "CHUNK_BYTES", num_bytes)
         out = torch.full((70, 70), torch.nan, device=triton_device)
-        kernels().linear_(x, *storage(weight), out)
+        kernels().linear_(x, *storage(weight), out, exact=False)
         assert relative_error(out, x, expected) < 1e-6  # float32 sums
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_up_to_64_rows_change_no_bit_of_each_other(triton_device: torch.device, dtype: torch.dtype) -> None:
+def test_rows_change_no_bit_of_each_other(triton_device: torch.device, dtype: torch.dtype) -> None:
     weight = fused((70,), 448, triton_device)
-    x = torch.randn(64, 448, device=triton_device).to(dtype)
-    together = x.new_empty(64, 70)
+    x = torch.randn(70, 448, device=triton_device).to(dtype)
+    together = x.new_empty(70, 70)
     kernels().linear_(x, *storage(weight), together)
     for start, stop in ((0, 1), (5, 20), (30, 63)):
         out = x.new_empty(stop - start, 70)

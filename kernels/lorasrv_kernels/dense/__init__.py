@@ -8,8 +8,8 @@ from lorasrv_kernels.dense import op as _op  # noqa: F401  registers the ops
 __all__ = ["dense_linear"]
 
 
-def dense_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """x W^T; a row's result does not depend on the number of rows or on the other rows.
+def dense_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = None, exact: bool = True) -> Tensor:
+    """x W^T; if `exact`, a row's result does not depend on the number of rows or on the other rows.
 
     Differentiable with respect to x alone, and only without `out`.
 
@@ -17,12 +17,13 @@ def dense_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Ten
         x: [T, I], any floating dtype.
         weight: [O, I], contiguous, same dtype.
         out: [T, O], contiguous, same dtype; written and returned if given. Serving passes it, under inference mode.
+        exact: whether every number of rows is multiplied in one way. On CUDA another is faster.
 
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
     if out is None:
-        result: Tensor = torch.ops.lorasrv.dense_linear(x, weight)
+        result: Tensor = torch.ops.lorasrv.dense_linear(x, weight, exact)
         return result
-    torch.ops.lorasrv.dense_linear_(x, weight, out)
+    torch.ops.lorasrv.dense_linear_(x, weight, out, exact)
     return out

@@ -18,30 +18,31 @@ MIN_OUT_FEATURES = 16
 """Fewest rows of W in one product."""
 
 
-def linear_(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def linear_(x: Tensor, weight: Tensor, out: Tensor, *, tile_rows: int = TILE_ROWS) -> None:
     """Writes x W^T into out, tile by tile.
 
     Args:
         x: [T, I], contiguous.
         weight: [O, I], contiguous, same dtype.
         out: [T, O], same dtype; rows may be further apart than O (a column range of a wider matrix).
+        tile_rows: height of a tile.
     """
     num_tokens, out_features = out.shape
     narrow = out_features < MIN_OUT_FEATURES
     weight_t = (_widened(weight) if narrow else weight).t()
-    full = 0 if narrow else num_tokens - num_tokens % TILE_ROWS
-    for row in range(0, full, TILE_ROWS):
-        torch.mm(x[row : row + TILE_ROWS], weight_t, out=out[row : row + TILE_ROWS])
-    for row in range(full, num_tokens, TILE_ROWS):
-        _copied_tile_(x[row : row + TILE_ROWS], weight_t, out[row : row + TILE_ROWS])
+    full = 0 if narrow else num_tokens - num_tokens % tile_rows
+    for row in range(0, full, tile_rows):
+        torch.mm(x[row : row + tile_rows], weight_t, out=out[row : row + tile_rows])
+    for row in range(full, num_tokens, tile_rows):
+        _copied_tile_(x[row : row + tile_rows], weight_t, out[row : row + tile_rows], tile_rows)
 
 
-def _copied_tile_(x: Tensor, weight_t: Tensor, out: Tensor) -> None:
+def _copied_tile_(x: Tensor, weight_t: Tensor, out: Tensor, tile_rows: int) -> None:
     """A tile that is short, or whose result is narrower than the product."""
     num_tokens, out_features = out.shape
     workspace = thread_workspace()
-    x_tile = workspace.take("dense.x_tile", (TILE_ROWS, x.shape[1]), x.dtype, x.device)
-    y_tile = workspace.take("dense.y_tile", (TILE_ROWS, weight_t.shape[1]), x.dtype, x.device)
+    x_tile = workspace.take("dense.x_tile", (tile_rows, x.shape[1]), x.dtype, x.device)
+    y_tile = workspace.take("dense.y_tile", (tile_rows, weight_t.shape[1]), x.dtype, x.device)
     x_tile[:num_tokens] = x
     x_tile[num_tokens:].zero_()
     torch.mm(x_tile, weight_t, out=y_tile)

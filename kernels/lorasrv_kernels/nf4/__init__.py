@@ -10,8 +10,8 @@ from lorasrv_kernels.nf4.quantize import quantize
 __all__ = ["NF4Weight", "dequantize", "nf4_linear", "quantize"]
 
 
-def nf4_linear(x: Tensor, weight: NF4Weight, *, out: Tensor | None = None) -> Tensor:
-    """x W^T; a row's result does not depend on the number of rows or on the other rows.
+def nf4_linear(x: Tensor, weight: NF4Weight, *, out: Tensor | None = None, exact: bool = True) -> Tensor:
+    """x W^T; if `exact`, a row's result does not depend on the number of rows or on the other rows.
 
     Differentiable with respect to x alone, and only without `out`.
 
@@ -19,15 +19,16 @@ def nf4_linear(x: Tensor, weight: NF4Weight, *, out: Tensor | None = None) -> Te
         x: [T, I], float32, bfloat16 or float16; W is dequantized to this dtype.
         weight: [O, I] on the device of x.
         out: [T, O], contiguous, the dtype of x; written and returned if given. Serving passes it, under inference mode.
+        exact: whether every number of rows is multiplied in one way. On CUDA another is faster for many rows.
 
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
     storage = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features)
     if out is None:
-        result: Tensor = torch.ops.lorasrv.nf4_linear(x, *storage)
+        result: Tensor = torch.ops.lorasrv.nf4_linear(x, *storage, exact)
         return result
-    torch.ops.lorasrv.nf4_linear_(x, *storage, out)
+    torch.ops.lorasrv.nf4_linear_(x, *storage, out, exact)
     return out
 
 

@@ -36,20 +36,30 @@ def linear_(
     offset: Tensor,
     out_features: Sequence[int],
     out: Tensor,
+    exact: bool = True,
 ) -> None:
     """`nf4_linear_` on CUDA tensors."""
     op.check_linear(x, packed, absmax, nested_absmax, offset, out_features, out)
-    linear = getattr(_kernels(x.shape[1]), "linear_", reference.linear_by_panels_)
+    kernels, storage = _kernels(x.shape[1]), (packed, absmax, nested_absmax, offset, out_features)
     with torch.cuda.device_of(out):
-        linear(x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out)
+        if kernels is None:
+            reference.linear_by_panels_(x.contiguous(), *storage, out)
+        else:
+            kernels.linear_(x.contiguous(), *storage, out, exact)
 
 
 def linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out_features: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    exact: bool = True,
 ) -> Tensor:
     """`nf4_linear` on CUDA tensors."""
     out = x.new_empty(x.shape[0], sum(out_features))
-    linear_(x, packed, absmax, nested_absmax, offset, out_features, out)
+    linear_(x, packed, absmax, nested_absmax, offset, out_features, out, exact)
     return out
 
 

@@ -15,8 +15,8 @@ from lorasrv_kernels.nf4.container import check_storage
 _STORAGE = "Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, int[] out_features"
 _library = torch.library.Library("lorasrv", "FRAGMENT")
 _library.define(f"nf4_dequantize_({_STORAGE}, int in_features, int start_row, Tensor(a!) out) -> ()")
-_library.define(f"nf4_linear_(Tensor x, {_STORAGE}, Tensor(a!) out) -> ()")
-_library.define(f"nf4_linear(Tensor x, {_STORAGE}) -> Tensor")
+_library.define(f"nf4_linear_(Tensor x, {_STORAGE}, Tensor(a!) out, bool exact=True) -> ()")
+_library.define(f"nf4_linear(Tensor x, {_STORAGE}, bool exact=True) -> Tensor")
 _library.define(f"nf4_linear_grad(Tensor grad, {_STORAGE}, int in_features) -> Tensor")
 
 # through the dispatcher, so that what is built on these gains from every device's own version
@@ -61,8 +61,10 @@ def check_linear(
     offset: Tensor,
     out_features: Sequence[int],
     out: Tensor | None = None,
+    exact: bool = True,
 ) -> None:
     """Raises KernelError naming every argument that breaks the contract of `nf4_linear`."""
+    del exact
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise KernelError(f"nf4_linear: x must be [T, I] of {DTYPES}, got {x.dtype} {list(x.shape)}")
     check_storage(packed, absmax, nested_absmax, offset, out_features, x.shape[1])
@@ -126,8 +128,9 @@ def _nf4_linear_(
     offset: Tensor,
     out_features: Sequence[int],
     out: Tensor,
+    exact: bool = True,
 ) -> None:
-    check_linear(x, packed, absmax, nested_absmax, offset, out_features, out)
+    check_linear(x, packed, absmax, nested_absmax, offset, out_features, out, exact)
     reference.linear_by_panels_(
         x.contiguous(), packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
     )
@@ -141,8 +144,9 @@ def _nf4_linear_cpu_(
     offset: Tensor,
     out_features: Sequence[int],
     out: Tensor,
+    exact: bool = True,
 ) -> None:
-    check_linear(x, packed, absmax, nested_absmax, offset, out_features, out)
+    check_linear(x, packed, absmax, nested_absmax, offset, out_features, out, exact)
     rows = x.contiguous()
     if not native.linear_(rows, packed, absmax, nested_absmax, offset, out_features, out):
         reference.linear_by_panels_(
@@ -151,10 +155,16 @@ def _nf4_linear_cpu_(
 
 
 def _nf4_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out_features: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    exact: bool = True,
 ) -> Tensor:
-    out = _linear_shape(x, packed, absmax, nested_absmax, offset, out_features)
-    _linear_op(x, packed, absmax, nested_absmax, offset, out_features, out)
+    out = _linear_shape(x, packed, absmax, nested_absmax, offset, out_features, exact)
+    _linear_op(x, packed, absmax, nested_absmax, offset, out_features, out, exact)
     return out
 
 
@@ -192,9 +202,15 @@ def _nf4_linear_grad_cpu(
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out_features: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    exact: bool = True,
 ) -> Tensor:
-    check_linear(x, packed, absmax, nested_absmax, offset, out_features)
+    check_linear(x, packed, absmax, nested_absmax, offset, out_features, exact=exact)
     return x.new_empty(x.shape[0], sum(out_features))
 
 
@@ -213,16 +229,16 @@ def _grad_shape(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    x, packed, absmax, nested_absmax, offset, out_features = inputs
+    x, packed, absmax, nested_absmax, offset, out_features, _ = inputs
     ctx.save_for_backward(packed, absmax, nested_absmax, offset)
     ctx.out_features, ctx.in_features = out_features, x.shape[1]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.lorasrv.nf4_linear_grad(grad, *ctx.saved_tensors, ctx.out_features, ctx.in_features)
-    return grad_x, None, None, None, None, None
+    return grad_x, None, None, None, None, None, None
 
 
 _library.impl("nf4_dequantize_", _nf4_dequantize_, "CompositeExplicitAutograd")

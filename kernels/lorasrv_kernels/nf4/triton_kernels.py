@@ -24,7 +24,11 @@ from lorasrv_kernels.nf4.container import slice_starts
 from lorasrv_kernels.nf4.gradient import linear_grad_by_columns
 
 MAX_FUSED_TOKENS = 64
-"""Up to so many token rows the product reads the codes themselves; beyond, dequantized chunks go to the library."""
+"""Up to so many token rows the product reads the codes themselves; beyond, if a row's bits may then differ, dequantized
+chunks go to the library."""
+
+MAX_PLANE_TOKENS = 512
+"""Most token rows whose sums over splits are kept at a time."""
 
 CHUNK_BYTES = 24 << 20
 """Most bytes of dequantized weights at a time, or one row; chosen to stay in the 50 MB of an H100's L2."""
@@ -178,13 +182,16 @@ def linear_(
     offset: Tensor,
     out_features: Sequence[int],
     out: Tensor,
+    exact: bool = True,
 ) -> None:
     """Writes x W^T into out [T, O]; x [T, I] contiguous."""
     num_tokens, num_rows = out.shape
     if not num_tokens or not num_rows:
         return
-    if num_tokens <= MAX_FUSED_TOKENS:
-        _fused_linear_(x, packed, absmax, nested_absmax, offset, tuple(out_features), out)
+    if exact or num_tokens <= MAX_FUSED_TOKENS:
+        for row in range(0, num_tokens, MAX_PLANE_TOKENS):
+            rows = slice(row, row + MAX_PLANE_TOKENS)
+            _fused_linear_(x[rows], packed, absmax, nested_absmax, offset, tuple(out_features), out[rows])
         return
     in_features = x.shape[1]
     step = max(1, min(num_rows, CHUNK_BYTES // (in_features * x.element_size())))
@@ -211,7 +218,7 @@ def _fused_linear_(
     planes = out if cut.splits == 1 else x.new_empty(cut.splits, num_tokens, num_rows, dtype=torch.float32)
     fp32 = x.dtype == torch.float32
     # sums of several tiles of float32 products do not fit the registers
-    tiles = 1 if fp32 else triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS))
+    tiles = 1 if fp32 else min(4, triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS)))
     _linear_kernel[(triton.cdiv(num_rows, cut.block_rows), cut.splits, triton.cdiv(num_tokens, tiles * TILE_TOKENS))](
         x,
         packed,

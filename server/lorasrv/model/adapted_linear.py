@@ -46,7 +46,7 @@ class AdaptedLinear:
 
     def forward(self, x: Tensor, adapters: AdapterBatch) -> Tensor:
         """x: [T, I]. Returns a new contiguous [T, sum of out_features]."""
-        products = [_product(x, part) for part in self._parts]
+        products = [_product(x, part, exact=adapters.slots.exact) for part in self._parts]
         y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         if adapters.touches(self._modules):
             table = adapters.table[:, self._modules.start : self._modules.stop]
@@ -96,8 +96,10 @@ def weight_rows(weight: Weight, start: int, stop: int, *, dtype: torch.dtype) ->
     return weight[start:stop].to(torch.float32, copy=True)
 
 
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    return nf4_linear(x, weight) if isinstance(weight, NF4Weight) else dense_linear(x, weight)
+def _product(x: Tensor, weight: Weight, *, exact: bool) -> Tensor:
+    if isinstance(weight, NF4Weight):
+        return nf4_linear(x, weight, exact=exact)
+    return dense_linear(x, weight, exact=exact)
 
 
 def _fuse(weights: Sequence[Weight]) -> tuple[Weight, ...]:

@@ -40,7 +40,7 @@ class OutputHead:
     def forward(self, hidden: Tensor, adapters: AdapterBatch) -> Tensor:
         """hidden: [N, I]. Returns a new [N, V] float32."""
         if not adapters.touches((self._module,)):
-            return dense_linear(hidden, self.weight).float()
+            return dense_linear(hidden, self.weight, exact=adapters.slots.exact).float()
         table, slots = adapters.table[:, self._module], adapters.slots
         logits = replaced_linear(hidden, self.weight, adapters.arena, table, slots=slots)
         lora_apply_(
