@@ -59,9 +59,9 @@ bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once thei
 	@for script in kernels/benchmarks/*.py server/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 # no environment of ours: whatever Python has PyTorch for the device, where nothing can be installed
-gpu-check: ## Test and time the CUDA kernels, 8 minutes at most (SMALL=1: tiny, through Triton's interpreter)
+gpu-check: ## Test and time the CUDA kernels and steps, 8 minutes at most (SMALL=1: tiny, through Triton's interpreter)
 	@python="$(PYTHON)"; [ -n "$$python" ] || { python=$(BIN)/python; [ -x "$$python" ] || python=python3; }; \
-		PYTHONPATH=kernels:tests/support$${PYTHONPATH:+:$$PYTHONPATH} "$$python" kernels/benchmarks/cuda/check.py \
+		PYTHONPATH=kernels:adapters:server:tests/support$${PYTHONPATH:+:$$PYTHONPATH} "$$python" kernels/benchmarks/cuda/check.py \
 		$(if $(SMALL),--small) $(ARGS)
 
 readme: $(VENV)/.runtime ## Write README's tables of what is served anew

@@ -13,11 +13,12 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="starts its own interpreter")
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "adapters", "server", "tests/support"))
 SCRIPT = ROOT / "kernels" / "benchmarks" / "cuda" / "check.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "kernels")}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
     return subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -34,4 +35,20 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     assert "tests failed: not finished after 0 s" in done.stdout
     assert done.stdout.splitlines()[-1] == "| 4 more |  |  | not run: no time left | | |"
     report = json.loads((tmp_path / "gpu-check-small.json").read_text())
-    assert report["rows"] == [{"kernel": "4 more", "shape": "", "size": "", "outcome": "not run: no time left"}]
+    assert report["rows"] == [
+        {"kernel": name, "shape": "", "size": "", "outcome": "not run: no time left"} for name in ("steps", "4 more")
+    ]
+
+
+def test_it_needs_no_package_but_torch_and_triton() -> None:
+    """A machine with a GPU may have no more than these, and no network."""
+    absent = (
+        *("re2", "safetensors", "tokenizers", "grpc", "google", "prometheus_client", "huggingface_hub", "yaml", "rich"),
+        *("jinja2", "peft", "transformers", "bitsandbytes", "hypothesis"),
+    )
+    imports = "import lorasrv.engine.engine, lorasrv.engine.runner, random_llama, stepped_serving, recorded_graph"
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {imports}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -8,12 +8,28 @@ import torch
 from lorasrv.engine.decode_graphs import DecodeGraphs, Graph
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
-from lorasrv.engine.request import Request, SampledToken
+from lorasrv.engine.request import Lease, Request, SampledToken, SamplingParams
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
-from lorasrv.engine.sequence import ScheduledSequence
+from lorasrv.engine.sequence import ScheduledSequence, ScheduledStep
 from lorasrv.model.decoder import DecoderModel
 from torch import Tensor
+
+
+def make_requests(leases: Sequence[Lease | None], *, count: int, longest: int = 40) -> list[Request]:
+    """Requests of random prompts, taking turns with the leases; greedy ones and random ones."""
+    source = random.Random(1)
+    return [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=tuple(source.randrange(300) for _ in range(source.randint(1, longest))),
+            sampling=SamplingParams(
+                max_new_tokens=source.randint(2, 24), temperature=source.choice([0.0, 0.8]), seed=index, ignore_eos=True
+            ),
+            lease=leases[index % len(leases)],
+        )
+        for index in range(count)
+    ]
 
 
 class CountingObserver:
@@ -35,8 +51,27 @@ class KeepingRunner(ModelRunner):
     ) -> list[SampledToken]:
         self.rows = getattr(self, "rows", {})
         for row, part in zip(logits, parts, strict=True):
-            self.rows[part.sequence.request.request_id, part.sequence.num_generated_tokens] = row.cpu().clone()
+            self.rows[_key(part)] = row.cpu().clone()
         return super().sample(logits, parts, greedy=greedy)
+
+
+class ComparingRunner(KeepingRunner):
+    """Runs every step twice, eagerly and then captured, which writes the same keys and values again.
+
+    `differences` are those of the logits, the largest of each step that was captured.
+    """
+
+    def execute(self, step: ScheduledStep) -> list[SampledToken]:
+        self.differences = getattr(self, "differences", [])
+        graphs, self._graphs = self._graphs, None
+        super().execute(step)
+        keys = [_key(part) for part in step.sequences if part.samples]
+        eager = {key: self.rows[key] for key in keys}
+        self._graphs = graphs
+        tokens = super().execute(step)
+        if all(part.num_tokens == 1 for part in step.sequences):
+            self.differences.append(max(float((self.rows[key] - eager[key]).abs().max()) for key in keys))
+        return tokens
 
 
 @dataclass(slots=True)
@@ -46,7 +81,8 @@ class Served:
     Attributes:
         rows: logits by request and place in its output.
         token_ids: outputs by request.
-        sizes: sequences of every step, and whether it was captured.
+        sizes: sequences of every step.
+        differences: of a `ComparingRunner`.
     """
 
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -55,6 +91,7 @@ class Served:
     num_preemptions: int = 0
     num_evictions: int = 0
     num_moves: int = 0
+    differences: list[float] = field(default_factory=list)
 
 
 def serve(
@@ -69,6 +106,7 @@ def serve(
     max_adapters: int = 4,
     max_rank: int = 16,
     adapter_bytes: int = 1 << 20,
+    make_runner: type[KeepingRunner] = KeepingRunner,
 ) -> Served:
     """Runs requests that arrive a few at a time; with `new_graph` decode steps are captured and replayed."""
     observer, served, source = CountingObserver(), Served(), random.Random(arrival_seed)
@@ -90,7 +128,7 @@ def serve(
     graphs = None
     if new_graph is not None:
         graphs = DecodeGraphs(model, memory, max_num_seqs=max_num_seqs, new_graph=new_graph)
-    runner = KeepingRunner(model, memory, graphs=graphs)
+    runner = make_runner(model, memory, graphs=graphs)
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_model_len=model.max_positions
     )
@@ -103,7 +141,12 @@ def serve(
         waiting = waiting[take:]
         _step(scheduler, runner, served)
     served.rows, served.num_evictions = runner.rows, observer.num_evictions
+    served.differences = getattr(runner, "differences", [])
     return served
+
+
+def _key(part: ScheduledSequence) -> tuple[str, int]:
+    return part.sequence.request.request_id, part.sequence.num_generated_tokens
 
 
 def _step(scheduler: Scheduler, runner: ModelRunner, served: Served) -> None:

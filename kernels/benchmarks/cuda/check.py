@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels on this machine: their tests, then their times. `make gpu-check` runs it.
+"""Checks the CUDA kernels on this machine: tests, then times of whole steps and of kernels. `make gpu-check` runs it.
 
     python kernels/benchmarks/cuda/check.py [--small] [--seconds 460] [--results results]
 
@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-2  # bfloat16 results against float32
 TESTS_SHARE = 0.5  # of the time; compiling is most of it
+STEPS_SECONDS = 150
+STEPS_GRACE_SECONDS = 30  # for the case that is under way
 
 Row = dict[str, Any]
 
@@ -42,7 +44,9 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     tests = run_tests(small=arguments.small, seconds=TESTS_SHARE * arguments.seconds)
-    rows, bandwidth = run_benchmarks(small=arguments.small, deadline=deadline)
+    steps = run_steps(small=arguments.small, seconds=min(STEPS_SECONDS, deadline - time.monotonic()))
+    kernels, bandwidth = run_benchmarks(small=arguments.small, deadline=deadline)
+    rows = [with_floor(row, bandwidth) for row in steps] + kernels
     report = {"machine": machine(small=arguments.small), "tests": tests, "bytes_per_second": bandwidth, "rows": rows}
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = "gpu-check-small" if arguments.small else time.strftime("gpu-check-%Y%m%d-%H%M%S")
@@ -65,10 +69,11 @@ def missing(*, small: bool) -> str | None:
 
 
 def run_tests(*, small: bool, seconds: float) -> Row:
-    """The tests of the Triton kernels; `small`: a few of them, as `make test` runs all."""
+    """The tests of the Triton kernels and of CUDA graphs; `small`: a few of them, as `make test` runs all."""
     if importlib.util.find_spec("pytest") is None:
         return {"outcome": "not run", "summary": "pytest is not installed"}
     files = sorted(str(path) for path in (ROOT / "tests/kernels").glob("test_*_triton.py"))
+    files.append(str(ROOT / "tests/server/engine/test_cuda_graphs.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     if small:
         command += ["-k", "every_dtype or any_dtype"]
@@ -85,6 +90,28 @@ def run_tests(*, small: bool, seconds: float) -> Row:
     summary = re.findall(r"\d+ (?:passed|failed|skipped|error).*", done.stdout)
     outcome = "passed" if done.returncode == 0 else "failed"
     return {"outcome": outcome, "summary": summary[-1] if summary else done.stderr[-2000:]}
+
+
+def run_steps(*, small: bool, seconds: float) -> list[Row]:
+    """One row a case of `steps.py`, in a process of its own: whatever it does to the device, the kernels are timed."""
+    head: Row = {"kernel": "steps", "shape": "", "size": ""}
+    if seconds <= 0:
+        return [{**head, "outcome": "not run: no time left"}]
+    command = [sys.executable, str(Path(__file__).with_name("steps.py")), "--seconds", str(seconds)]
+    command += ["--small"] * small
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + STEPS_GRACE_SECONDS)
+        output, wrong = done.stdout, done.stderr[-300:] if done.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        output, wrong = (error.stdout or b"").decode(), f"not finished after {seconds:.0f} s"
+    print(output, end="", flush=True)
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [*rows, {**head, "outcome": f"failed: {wrong}"}] if wrong else rows
+
+
+def with_floor(row: Row, bandwidth: float) -> Row:
+    """The row of a step, with the seconds its bytes take at a copy's pace."""
+    return {**row, "floor_seconds": row["num_bytes"] / bandwidth} if "num_bytes" in row else row
 
 
 def run_benchmarks(*, small: bool, deadline: float) -> tuple[list[Row], float]:

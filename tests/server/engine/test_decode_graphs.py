@@ -1,17 +1,13 @@
 """Captured decode steps give the same bits as eager ones, whatever comes, goes and moves between them."""
 
-import random
-from collections.abc import Sequence
-
 import pytest
 import torch
 from lorasrv.engine.decode_graphs import batch_sizes, cuda_graphs
-from lorasrv.engine.request import Request, SamplingParams
 from lorasrv.model.decoder import DecoderModel
 from lorasrv_kernels.cpu.decoder import NativeDecoder
-from random_llama import TINY, HeldAdapter, random_adapter, random_llama
+from random_llama import TINY, random_adapter, random_llama
 from recorded_graph import RecordedGraph
-from stepped_serving import Served, serve
+from stepped_serving import Served, make_requests, serve
 
 BIASED = {**TINY, "attention_bias": True}
 
@@ -36,21 +32,6 @@ class Graphs:
     def num_replays(self) -> list[int]:
         """Per graph: of one row without and with adapters, of two rows, ..."""
         return [graph.num_replays for graph in self.made]
-
-
-def make_requests(leases: Sequence[HeldAdapter | None], *, count: int, longest: int = 40) -> list[Request]:
-    source = random.Random(1)
-    return [
-        Request(
-            request_id=str(index),
-            prompt_token_ids=tuple(source.randrange(300) for _ in range(source.randint(1, longest))),
-            sampling=SamplingParams(
-                max_new_tokens=source.randint(2, 24), temperature=source.choice([0.0, 0.8]), seed=index, ignore_eos=True
-            ),
-            lease=leases[index % len(leases)],
-        )
-        for index in range(count)
-    ]
 
 
 def assert_same_bits(captured: Served, eager: Served) -> None:
