@@ -132,7 +132,7 @@ def serve(
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_model_len=model.max_positions
     )
-    scheduler = Scheduler(limits, BlockAllocator(memory.num_blocks), memory)
+    scheduler = Scheduler(limits, BlockAllocator(memory.layout.num_blocks), memory)
     waiting = list(requests)
     while waiting or scheduler.running or scheduler.waiting:
         take = source.randint(0 if scheduler.running else 1, 2)

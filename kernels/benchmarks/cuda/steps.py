@@ -107,9 +107,7 @@ class Steps:
         )
         # what was never written may be NaN, and every position is attended to
         self._memory.kv_cache.normal_()
-        self._slots = [
-            self._memory.slots.acquire(str(number), adapter.image) or 0 for number in range(max(adapters))
-        ]
+        self._slots = [self._memory.slots.acquire(str(number), adapter.image) or 0 for number in range(max(adapters))]
         self._exact, self._fast = self._runner(exact=True), self._runner(exact=False)
         self._eager = KeepingRunner(model, self._memory)
 

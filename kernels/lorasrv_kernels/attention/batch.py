@@ -45,7 +45,12 @@ class AttentionBatch:
 
     @classmethod
     def from_spans(
-        cls, spans: Sequence[Span], *, tile_tokens: int, device: torch.device | str = "cpu"
+        cls,
+        spans: Sequence[Span],
+        *,
+        tile_tokens: int,
+        split_blocks: int = SPLIT_BLOCKS,
+        device: torch.device | str = "cpu",
     ) -> "AttentionBatch":
         """Lays the spans out in order.
 
@@ -72,6 +77,7 @@ class AttentionBatch:
             block_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(len(spans), width),
             tiles=torch.tensor(tiles, dtype=torch.int32, device=device).view(len(tiles), 4),
             tile_tokens=tile_tokens,
+            split_blocks=split_blocks,
         )
 
 

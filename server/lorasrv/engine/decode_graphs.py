@@ -20,7 +20,6 @@ from lorasrv_kernels.workspace import Workspace, using_workspace
 from torch import Tensor
 
 from lorasrv.engine.decode_inputs import DecodeInputs
-from lorasrv.engine.kv_cache import num_blocks_for
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.sampler import most_probable
 from lorasrv.engine.sequence import ScheduledSequence
@@ -133,7 +132,7 @@ class DecodeGraphs:
         config = self._model.config
         return DecodeInputs(
             num_rows,
-            table_blocks=num_blocks_for(self._model.max_positions),
+            num_positions=self._model.max_positions,
             tile_tokens=tile_tokens(config.num_heads, config.num_kv_heads),
             memory=self._memory,
         )

@@ -1,20 +1,24 @@
 """What a decode step reads and no other step does: tokens, places and slots of its rows, always at the same addresses.
 
-Rows beyond the sequences' own fill the batch up to its fixed size. They write to a block that no sequence has, attend
-to nothing and use neither an adapter nor a bias. Knows rows, blocks and slots; knows no model.
+Rows beyond the sequences' own fill the batch up to its fixed size. They store no keys, attend to
+nothing and use neither an adapter nor a bias. Knows rows, blocks and slots; knows no model.
 """
 
 from collections.abc import Collection, Sequence
 
 import torch
-from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span
+from lorasrv_kernels.attention import AttentionBatch, Span, split_blocks
 from lorasrv_kernels.batch import NO_ROW, NO_SLOT, SlotBatch
 from torch import Tensor
 
+from lorasrv.engine.kv_cache import num_blocks_for
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.sequence import ScheduledSequence
 from lorasrv.engine.staged import StagedTensors
 from lorasrv.model.batch import StepBatch
+
+NO_PLACE = -1
+"""What stands in the slot mapping for a row whose keys and values are not stored."""
 
 
 class DecodeInputs:
@@ -22,14 +26,15 @@ class DecodeInputs:
 
     Args:
         num_rows: B; every step has so many rows.
-        table_blocks: the most blocks a sequence can have.
+        num_positions: the most positions a sequence can have.
         tile_tokens: most rows of a query tile, as in every other step of the model.
         memory: where cache and adapters are.
     """
 
-    def __init__(self, num_rows: int, *, table_blocks: int, tile_tokens: int, memory: DeviceMemory) -> None:
+    def __init__(self, num_rows: int, *, num_positions: int, tile_tokens: int, memory: DeviceMemory) -> None:
         self.num_rows = num_rows
         self._tile_tokens = tile_tokens
+        self._split_blocks = split_blocks(num_positions)
         self._memory = memory
         int32, int64 = torch.int32, torch.int64
         self._staged = StagedTensors(
@@ -42,7 +47,7 @@ class DecodeInputs:
                 "tile_starts": (int32, (num_rows + 1,)),
                 "base_rows": (int64, (num_rows,)),
                 "tiles": (int32, (num_rows, 4)),
-                "block_tables": (int32, (num_rows, table_blocks)),
+                "block_tables": (int32, (num_rows, num_blocks_for(num_positions))),
             },
             device=memory.arena.device,
         )
@@ -68,6 +73,7 @@ class DecodeInputs:
                 block_tables=device["block_tables"],
                 tiles=device["tiles"],
                 tile_tokens=self._tile_tokens,
+                split_blocks=self._split_blocks,
             ),
             adapters=self._memory.adapter_batch(
                 SlotBatch(
@@ -94,8 +100,8 @@ class DecodeInputs:
             [Span(start=part.start, num_tokens=1, block_table=part.sequence.block_table) for part in parts],
             tile_tokens=self._tile_tokens,
         )
-        scratch = torch.arange(count, self.num_rows) % BLOCK_TOKENS + self._memory.scratch_block * BLOCK_TOKENS
-        host["slot_mapping"].copy_(torch.cat([attention.slot_mapping, scratch]))
+        host["slot_mapping"][:count] = attention.slot_mapping
+        host["slot_mapping"][count:] = NO_PLACE
         host["tiles"][:count] = attention.tiles
         # tiles of no tokens
         host["tiles"][count:] = 0

@@ -23,8 +23,8 @@ class DeviceMemory:
     """Owns the arena buffer; engine thread only, no lock.
 
     Attributes:
-        num_blocks: KV blocks for sequences.
-        kv_cache: [P + 1, L, 2, Hkv, 32, D], a view of the arena; the last block is nobody's.
+        layout: how the arena is divided.
+        kv_cache: [P, L, 2, Hkv, 32, D], a view of the arena.
         slots: the resident adapters.
         exact: as it was given.
 
@@ -32,7 +32,7 @@ class DeviceMemory:
         config: the model's sizes.
         base: what adapters know of the model.
         dtype: of the model; the cache and the rank rows have it, too.
-        kv_bytes: bytes for KV blocks; at least one block is made, and one more beside them that no sequence has.
+        kv_bytes: bytes for KV blocks; at least one block is made.
         adapter_bytes: bytes for adapters; room for one of `max_rank` on all linear layers is always made. An adapter
             that is loaded must fit in there alone, so that it does once the others are idle.
         max_rank: largest rank of one module; larger adapters are refused when they are loaded.
@@ -57,9 +57,8 @@ class DeviceMemory:
     ) -> None:
         block_shape = (config.num_layers, 2, config.num_kv_heads, BLOCK_TOKENS, config.head_size)
         block_elements = self.block_elements(config)
-        self.num_blocks = max(1, kv_bytes // (block_elements * dtype.itemsize))
         self.layout = Arena(
-            num_blocks=self.num_blocks + 1,
+            num_blocks=max(1, kv_bytes // (block_elements * dtype.itemsize)),
             block_elements=block_elements,
             extent_elements=max(adapter_bytes // dtype.itemsize, image_elements(base, rank=max_rank, dtype=dtype)),
         )
@@ -80,11 +79,6 @@ class DeviceMemory:
     def adapter_bytes(self) -> int:
         """Bytes there are for adapters."""
         return self.layout.extent_elements * self.arena.itemsize
-
-    @property
-    def scratch_block(self) -> int:
-        """The KV block of rows that belong to no sequence."""
-        return self.num_blocks
 
     def adapters(self, slots: Sequence[int]) -> AdapterBatch:
         """Describes token rows by the slot of each; `NO_SLOT` for the plain base."""

@@ -6,7 +6,7 @@ Knows the model and the device memory; knows no queue, no text and no adapter be
 from collections.abc import Sequence
 
 import torch
-from lorasrv_kernels.attention import AttentionBatch, Span, tile_tokens
+from lorasrv_kernels.attention import AttentionBatch, Span, split_blocks, tile_tokens
 from torch import Tensor
 
 from lorasrv.engine.decode_graphs import DecodeGraphs
@@ -33,6 +33,7 @@ class ModelRunner:
         self._memory = memory
         self._graphs = graphs
         self._tile_tokens = tile_tokens(model.config.num_heads, model.config.num_kv_heads)
+        self._split_blocks = split_blocks(model.max_positions)
 
     @torch.inference_mode()
     def execute(self, step: ScheduledStep) -> list[SampledToken]:
@@ -77,7 +78,9 @@ class ModelRunner:
         device = self._memory.arena.device
         return StepBatch(
             positions=torch.cat([torch.arange(part.start, part.start + part.num_tokens) for part in parts]).to(device),
-            attention=AttentionBatch.from_spans(spans, tile_tokens=self._tile_tokens, device=device),
+            attention=AttentionBatch.from_spans(
+                spans, tile_tokens=self._tile_tokens, split_blocks=self._split_blocks, device=device
+            ),
             adapters=self._memory.adapters([part.sequence.slot for part in parts for _ in range(part.num_tokens)]),
             kv_cache=self._memory.kv_cache,
         )

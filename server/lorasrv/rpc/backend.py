@@ -120,7 +120,7 @@ class Backend:
             graphs = cuda_graphs(self.model, self.memory, max_num_seqs=self.config.max_num_seqs)
         return Engine(
             ModelRunner(self.model, self.memory, graphs=graphs),
-            Scheduler(limits, BlockAllocator(self.memory.num_blocks), self.memory),
+            Scheduler(limits, BlockAllocator(self.memory.layout.num_blocks), self.memory),
             self.tokenizer,
             max_queue=self.config.max_queue,
             on_outputs=on_outputs,

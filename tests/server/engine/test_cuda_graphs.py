@@ -46,9 +46,7 @@ def test_replays_follow_loads_evictions_moves_and_preemption(model: DecoderModel
     assert len(served.token_ids) == 16
 
 
-def test_every_size_is_captured_and_reports_its_memory(
-    model: DecoderModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_size_is_captured_and_reports_its_memory(model: DecoderModel, caplog: pytest.LogCaptureFixture) -> None:
     memory = DeviceMemory(
         model.config,
         model.base,

@@ -1,13 +1,17 @@
 """Captured decode steps give the same bits as eager ones, whatever comes, goes and moves between them."""
 
+from typing import Any
+
 import pytest
 import torch
 from lorasrv.engine.decode_graphs import batch_sizes, cuda_graphs
 from lorasrv.model.decoder import DecoderModel
+from lorasrv_kernels.attention import SPLIT_BLOCKS, paged_attention, split_blocks
 from lorasrv_kernels.cpu.decoder import NativeDecoder
 from random_llama import TINY, random_adapter, random_llama
 from recorded_graph import RecordedGraph
 from stepped_serving import Served, make_requests, serve
+from torch import Tensor
 
 BIASED = {**TINY, "attention_bias": True}
 
@@ -102,6 +106,20 @@ def test_batches_without_an_adapter_have_graphs_of_their_own() -> None:
     names = {call[0] for graph in graphs.made[::2] for call in graph.calls}
     assert not any("lora" in name for name in names if "lorasrv.lora" in name)
     assert any("lorasrv.lora_apply_" in call[0] for call in graphs.made[1].calls)
+
+
+def test_all_steps_cut_attention_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = set()
+
+    def attend(*arguments: Any, **options: Any) -> Tensor:
+        told.add(arguments[2].split_blocks)
+        return paged_attention(*arguments, **options)
+
+    monkeypatch.setattr("lorasrv.model.attention.paged_attention", attend)
+    model = random_llama({**TINY, "max_position_embeddings": 32768})
+    serve(model, make_requests([None], count=2), new_graph=RecordedGraph)
+    assert told == {split_blocks(32768)}
+    assert split_blocks(32768) != SPLIT_BLOCKS
 
 
 def test_sizes_are_powers_of_two() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from lorasrv.engine.decode_inputs import DecodeInputs
+from lorasrv.engine.decode_inputs import NO_PLACE, DecodeInputs
 from lorasrv.engine.memory import DeviceMemory
 from lorasrv.engine.request import Request, SamplingParams
 from lorasrv.engine.sequence import ScheduledSequence
@@ -59,7 +59,7 @@ def entries(inputs: DecodeInputs) -> dict[int, list[int]]:
 
 
 def test_rows_are_those_of_the_sequences(memory: DeviceMemory) -> None:
-    inputs = DecodeInputs(4, table_blocks=8, tile_tokens=8, memory=memory)
+    inputs = DecodeInputs(4, num_positions=256, tile_tokens=8, memory=memory)
     inputs.write(MANY)
     batch = inputs.batch(())
     assert inputs.tokens.tolist() == [170, 103, 131, 132]
@@ -77,14 +77,13 @@ def test_rows_are_those_of_the_sequences(memory: DeviceMemory) -> None:
 
 
 def test_left_over_rows_do_nothing(memory: DeviceMemory) -> None:
-    inputs = DecodeInputs(4, table_blocks=8, tile_tokens=8, memory=memory)
+    inputs = DecodeInputs(4, num_positions=256, tile_tokens=8, memory=memory)
     inputs.write(MANY)
     inputs.write(MANY[3:])
     batch = inputs.batch(())
     assert inputs.tokens.tolist() == [132, 0, 0, 0]
     assert batch.attention.slot_mapping[0] == 8 * BLOCK_TOKENS
-    # the block that no sequence has
-    assert set((batch.attention.slot_mapping[1:] // BLOCK_TOKENS).tolist()) == {NUM_BLOCKS}
+    assert batch.attention.slot_mapping[1:].tolist() == [NO_PLACE] * 3
     assert batch.attention.tiles.tolist() == [[0, 0, 1, 32], *[[0, 0, 0, 0]] * 3]
     assert entries(inputs) == {1: [0]}
     assert batch.adapters.slots.tile_slots.tolist() == [1, NO_SLOT, NO_SLOT, NO_SLOT]
@@ -95,11 +94,11 @@ def test_left_over_rows_do_nothing(memory: DeviceMemory) -> None:
 def test_exactness_reaches_the_kernels(memory: DeviceMemory, exact: bool) -> None:
     memory.exact = exact
     assert memory.adapters([0, -1]).slots.exact is exact
-    assert DecodeInputs(2, table_blocks=8, tile_tokens=8, memory=memory).batch(()).adapters.slots.exact is exact
+    assert DecodeInputs(2, num_positions=256, tile_tokens=8, memory=memory).batch(()).adapters.slots.exact is exact
 
 
 def test_nothing_moves(memory: DeviceMemory) -> None:
-    inputs = DecodeInputs(2, table_blocks=8, tile_tokens=8, memory=memory)
+    inputs = DecodeInputs(2, num_positions=256, tile_tokens=8, memory=memory)
     before = inputs.batch(range(3))
     inputs.write(MANY[:2])
     after = inputs.batch(range(3))
