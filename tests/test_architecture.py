@@ -135,7 +135,8 @@ def test_step_planning_without_torch(name, tmp_path):
 
 
 def test_every_runtime_import_is_declared():
-    declared = modules_of([*project()["dependencies"], *project()["optional-dependencies"]["cuda"]])
+    extras = project()["optional-dependencies"]
+    declared = modules_of([*project()["dependencies"], *extras["cuda"], *extras["parquet"]])
     used = foreign(imports(sources(*PACKAGES)))
     assert {name for name in used if not any(provides(module, name) for module in declared.values())} == set()
 

@@ -15,9 +15,11 @@
     |-- DrainingError                   DRAINING
     |-- EngineDownError                 ENGINE_DOWN
     |-- DiskFullError                   DISK_FULL
+    |-- NonFiniteLossError                                     training met NaN or infinity
     `-- ReasonsError                                           lists everything wrong at once
         |-- ConfigError                 CONFIG_INVALID
-        `-- ModelLoadError              MODEL_INVALID
+        |-- ModelLoadError              MODEL_INVALID
+        `-- TrainingDataError                                  data that cannot be trained on
 
 `reason` is the machine-readable name a client sees in `google.rpc.ErrorInfo`; the code it travels under is chosen in
 `lorasrv.rpc.status` alone. Errors about adapters are `lorasrv_adapters.errors`. This module knows no wire format.
@@ -249,6 +251,23 @@ class DiskFullError(LorasrvError):
         )
 
 
+class NonFiniteLossError(LorasrvError):
+    """A training loss was NaN or infinite; nothing of that step was learned.
+
+    Attributes:
+        step: counted from 1.
+        jobs: whose losses.
+    """
+
+    def __init__(self, *, step: int, jobs: Sequence[str]) -> None:
+        self.step = step
+        self.jobs = tuple(jobs)
+        super().__init__(
+            f"the loss of {', '.join(self.jobs)} at step {step} is not finite; lower the learning rate, or look at the "
+            "examples of that step"
+        )
+
+
 class ReasonsError(LorasrvError):
     """Base of errors that list everything wrong at once.
 
@@ -271,3 +290,7 @@ class ModelLoadError(ReasonsError):
     """The base model cannot be served."""
 
     reason: ClassVar[str] = "MODEL_INVALID"
+
+
+class TrainingDataError(ReasonsError):
+    """The training data is damaged, of an unknown shape, or holds nothing to learn."""

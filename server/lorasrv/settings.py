@@ -4,8 +4,10 @@ A frozen dataclass declares its fields with `setting()`; the command line, the e
 derived from that one declaration. The module does not know which settings exist, nor where their values come from.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ def integer(value: object) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
     raise ValueError(f"expected a whole number, got {value!r}")
+
+
+def number(value: object) -> float:
+    """A finite number; `2e-4` is one in YAML too, where it is read as text."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"expected a number, got {value!r}")
 
 
 def seconds(value: object) -> float:

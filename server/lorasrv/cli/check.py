@@ -62,7 +62,7 @@ def _examine(folder: Path, base: str | None, dtype_name: str) -> dict[str, Any]:
     from lorasrv_adapters.checkpoint import read_checkpoint
     from lorasrv_adapters.image import module_bytes, pack_image
 
-    from lorasrv.engine.device import resolve_dtype
+    from lorasrv.model.device import resolve_dtype
     from lorasrv.model.loader import load_model
 
     base_folder = _base_folder(base)

@@ -7,6 +7,7 @@ from pathlib import Path
 from lorasrv.cli.layers import Config, resolve
 from lorasrv.config import ConnectConfig, ServeConfig
 from lorasrv.settings import settings_of
+from lorasrv.train.config import JobConfig, RunConfig
 
 CONFIG_VARIABLE = "LORASRV_CONFIG"
 
@@ -31,8 +32,8 @@ def resolve_from_process(config_class: type[Config], arguments: argparse.Namespa
 
 def known_variables() -> frozenset[str]:
     """The variables that some command reads."""
-    settings = (*settings_of(ServeConfig), *settings_of(ConnectConfig))
-    return frozenset({CONFIG_VARIABLE, *(setting.variable for setting in settings)})
+    configs = (ServeConfig, ConnectConfig, RunConfig, JobConfig)
+    return frozenset({CONFIG_VARIABLE, *(setting.variable for config in configs for setting in settings_of(config))})
 
 
 def environment_without_settings() -> dict[str, str]:

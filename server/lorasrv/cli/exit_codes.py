@@ -29,6 +29,7 @@ _BY_ERROR: dict[str, ExitCode] = {
     # lorasrv.errors
     "ConfigError": ExitCode.INVALID,
     "ModelLoadError": ExitCode.INVALID,
+    "TrainingDataError": ExitCode.INVALID,
     "InvalidRequestError": ExitCode.INVALID,
     "QueueFullError": ExitCode.UNAVAILABLE,
     "DrainingError": ExitCode.UNAVAILABLE,

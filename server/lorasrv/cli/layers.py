@@ -7,7 +7,7 @@ name. The environment is handed in, so that reading it stays in one place (`lora
 import argparse
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,8 +62,40 @@ def resolve(
         ConfigError: Everything that cannot be read, or is unknown, or cannot work together.
     """
     settings = settings_of(config_class)
+    content = read_yaml(config_file) if config_file else {}
+    values = collect(
+        settings,
+        flags=flags,
+        environ=environ,
+        other_variables=other_variables,
+        content=content,
+        origin=str(config_file),
+    )
+    return config_class(**values)
+
+
+def collect(
+    settings: Sequence[Setting],
+    *,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    other_variables: Collection[str] = (),
+    content: Mapping[object, object],
+    origin: str,
+) -> dict[str, object]:
+    """The values of some settings, by field name; what is given nowhere is absent.
+
+    Args:
+        settings: which.
+        flags, environ, other_variables: as `resolve` takes them.
+        content: of a configuration file.
+        origin: the file's name, for messages.
+
+    Raises:
+        ConfigError: Everything that cannot be read, or is unknown.
+    """
     reasons: list[str] = []
-    values = _from_file(settings, config_file, reasons) if config_file else {}
+    values = read_mapping(settings, content, origin, reasons)
     values |= _from_environment(settings, environ, other_variables, reasons)
     if reasons:
         raise ConfigError(reasons)
@@ -71,28 +103,30 @@ def resolve(
         if setting.name in flags:
             value = flags[setting.name]
             values[setting.name] = tuple(value) if isinstance(value, list) else value
-    return config_class(**values)
-
-
-def suggestion(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """`; did you mean ...?` if a known word is close, else nothing; `prefix` is put before the word proposed."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _from_file(settings: Iterable[Setting], path: Path, reasons: list[str]) -> dict[str, object]:
-    by_key = {setting.key: setting for setting in settings}
-    values: dict[str, object] = {}
-    for name, value in _read_yaml(path).items():
-        key = str(name).replace("-", "_")
-        if key not in by_key:
-            reasons.append(f"{path}: unknown key {name}{suggestion(key, by_key)}")
-        elif value is not None:
-            _read(by_key[key], value, f"{path}: {name}", values, reasons)
     return values
 
 
-def _read_yaml(path: Path) -> Mapping[object, object]:
+def read_mapping(
+    settings: Iterable[Setting], content: Mapping[object, object], origin: str, reasons: list[str]
+) -> dict[str, object]:
+    """The values of some settings that a part of a file gives, by field name; what is wrong goes to `reasons`."""
+    by_key = {setting.key: setting for setting in settings}
+    values: dict[str, object] = {}
+    for name, value in content.items():
+        key = str(name).replace("-", "_")
+        if key not in by_key:
+            reasons.append(f"{origin}: unknown key {name}{suggestion(key, by_key)}")
+        elif value is not None:
+            _read(by_key[key], value, f"{origin}: {name}", values, reasons)
+    return values
+
+
+def read_yaml(path: Path) -> Mapping[object, object]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: It cannot be read, or holds something else.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -104,6 +138,12 @@ def _read_yaml(path: Path) -> Mapping[object, object]:
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: expected keys and values, got {type(content).__name__}"])
     return content
+
+
+def suggestion(word: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean ...?` if a known word is close, else nothing; `prefix` is put before the word proposed."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _from_environment(

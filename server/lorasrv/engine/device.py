@@ -1,4 +1,4 @@
-"""What "auto" means on this machine: device, dtype, and memory for the KV cache and the adapters.
+"""What "auto" means on this machine: the instruction set, and memory for the KV cache and the adapters.
 
 Looks at the machine when asked, never at import. Knows the model's sizes; knows no request.
 """
@@ -18,20 +18,6 @@ from lorasrv.model.decoder import DecoderModel
 _KV_SHARE = 0.25
 _NUM_LARGEST_ADAPTERS = 8
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def resolve_device(name: str) -> torch.device:
-    """Returns the device for "auto", "cpu" or "cuda".
-
-    Raises:
-        ConfigError: it is not here.
-    """
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
-    return torch.device("cuda:0" if has_cuda and name != "cpu" else "cpu")
-
 
 def choose_cpu_isa(name: str) -> None:
     """Sets the instruction set of this process's native kernels; "auto" is the widest.
@@ -43,15 +29,6 @@ def choose_cpu_isa(name: str) -> None:
         force_isa(None if name == "auto" else name)
     except KernelError as error:
         raise ConfigError([f"cpu_isa: {error}"]) from error
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of activations for "auto" or a dtype's name."""
-    if name != "auto":
-        return _DTYPES[name]
-    # a CPU without bfloat16 instructions multiplies it many times slower than float32
-    has_bfloat16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def resolve_exact(name: str, device: torch.device) -> bool:

@@ -53,10 +53,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with BOS in front exactly once, even where the text begins with it."""
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_with_spans(text)[0]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids as of `encode`, and for each the characters of `text` it stands for, [start, stop).
+
+        The tokens of one character all have its span; a BOS token that was put in front has an empty one.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        token_ids, spans = list(encoding.ids), list(encoding.offsets)
         if self._adds_bos and self.bos_id is not None and token_ids[:1] != [self.bos_id]:
-            return [self.bos_id, *token_ids]
-        return list(token_ids)
+            return [self.bos_id, *token_ids], [(0, 0), *spans]
+        return token_ids, spans
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`: their bytes one after the other, invalid UTF-8 replaced, special tokens left out."""

@@ -20,14 +20,7 @@ from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
 from lorasrv.engine.decode_graphs import cuda_graphs
-from lorasrv.engine.device import (
-    choose_cpu_isa,
-    default_adapter_bytes,
-    default_kv_bytes,
-    resolve_device,
-    resolve_dtype,
-    resolve_exact,
-)
+from lorasrv.engine.device import choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_exact
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
@@ -38,6 +31,7 @@ from lorasrv.engine.runner import ModelRunner
 from lorasrv.engine.scheduler import Scheduler, SchedulerLimits
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
 from lorasrv.model.decoder import DecoderModel
+from lorasrv.model.device import resolve_device, resolve_dtype
 from lorasrv.model.folder import check_model_folder
 from lorasrv.model.generation import read_generation_defaults
 from lorasrv.model.hub import model_folder

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lorasrv.engine.device import choose_cpu_isa, resolve_device, resolve_exact
+from lorasrv.engine.device import choose_cpu_isa, resolve_exact
 from lorasrv.errors import ConfigError
+from lorasrv.model.device import resolve_device
 from lorasrv_kernels.cpu.isa import Isa, force_isa, forced_isa
 
 

@@ -132,6 +132,8 @@ def test_no_error_that_a_call_can_raise_is_missing_from_the_table() -> None:
         errors.ConfigError,
         errors.ModelLoadError,
         errors.DiskFullError,
+        errors.TrainingDataError,
+        errors.NonFiniteLossError,
         adapter_errors.AdapterConversionError,
     }
     known = {*_subclasses(errors.LorasrvError), *_subclasses(adapter_errors.AdapterError)} - bases - of_commands_only

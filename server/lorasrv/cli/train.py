@@ -1,0 +1,122 @@
+"""`lorasrv train`: one adapter, or several together, from data files to PEFT folders."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorasrv.cli.console import print_json, say
+from lorasrv.cli.environment import known_variables
+from lorasrv.cli.exit_codes import ExitCode
+from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
+from lorasrv.errors import ConfigError
+from lorasrv.settings import settings_of
+from lorasrv.train.config import JobConfig, RunConfig, TrainConfig
+
+_JOBS = "jobs"
+_ONLY_JOB = "adapter"
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "train",
+        help="train a LoRA, rsLoRA, DoRA or AdaLoRA adapter",
+        description="Train an adapter over the base held in 4 bits, and write it as a PEFT folder. A YAML file may ask "
+        "for several: under jobs, by name, what differs from the keys above it; they are trained together.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="A YAML file whose keys are these flags.")
+    add_flags(parser, RunConfig)
+    add_flags(parser, JobConfig)
+    parser.add_argument("--json", action="store_true", help="Write the outcome as JSON.")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, and report where the adapters are."""
+    config = train_config(vars(arguments), os.environ)
+    # torch comes with this
+    from lorasrv.cli.training_display import training_display
+    from lorasrv.train.app import train
+
+    with training_display(config) as report:
+        outcomes = train(config, report=report)
+    if arguments.json:
+        print_json({name: outcome.summary() for name, outcome in outcomes.items()})
+    for outcome in outcomes.values():
+        say(f"to serve it: lorasrv serve {config.run.base or ''} --adapter {outcome.folder.name}={outcome.folder}")
+    return ExitCode.OK
+
+
+def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> TrainConfig:
+    """What flags, environment and the file that `flags["config"]` names ask for together.
+
+    A flag holds for every job.
+
+    Raises:
+        ConfigError: Everything that cannot be read, is unknown, or cannot work together.
+    """
+    path = flags.get("config")
+    content = dict(read_yaml(Path(str(path)))) if path else {}
+    jobs = content.pop(_JOBS, None)
+    run_settings, job_settings = settings_of(RunConfig), settings_of(JobConfig)
+    shared = collect(
+        (*run_settings, *job_settings),
+        flags=flags,
+        environ=environ,
+        other_variables=known_variables(),
+        content=content,
+        origin=str(path),
+    )
+    reasons: list[str] = []
+    own = _own_values(jobs, str(path), reasons)
+    if reasons:
+        raise ConfigError(reasons)
+    given = {setting.name for setting in job_settings if setting.name in flags}
+    run_values = {setting.name: shared.pop(setting.name) for setting in run_settings if setting.name in shared}
+    values = {
+        name: shared | {key: value for key, value in job.items() if key not in given} for name, job in own.items()
+    }
+    return _checked(run_values, values)
+
+
+def _own_values(jobs: object, origin: str, reasons: list[str]) -> dict[str, dict[str, object]]:
+    """What each job says of its own; one job without a word where there is no list of jobs."""
+    if jobs is None:
+        return {_ONLY_JOB: {}}
+    if not isinstance(jobs, dict):
+        reasons.append(f"{origin}: {_JOBS} must be names with keys and values below each, got {type(jobs).__name__}")
+        return {}
+    settings = settings_of(JobConfig)
+    shared = [setting.key for setting in settings_of(RunConfig)]
+    found: dict[str, dict[str, object]] = {}
+    for name, content in jobs.items():
+        place = f"{origin}: {_JOBS}: {name}"
+        if not isinstance(content, dict):
+            reasons.append(f"{place}: expected keys and values, got {type(content).__name__}")
+            continue
+        reasons += [f"{place}: {key} is one for all jobs; give it above them" for key in content if key in shared]
+        own = {key: value for key, value in content.items() if key not in shared}
+        found[str(name)] = read_mapping(settings, own, place, reasons)
+    return found
+
+
+def _checked(run_values: Mapping[str, object], jobs: Mapping[str, Mapping[str, object]]) -> TrainConfig:
+    reasons: list[str] = []
+    run = _attempt(RunConfig, run_values, "", reasons)
+    found = {
+        name: _attempt(JobConfig, values, f"job {name}: " if len(jobs) > 1 else "", reasons)
+        for name, values in jobs.items()
+    }
+    if run is None or reasons:
+        raise ConfigError(reasons)
+    return TrainConfig(run=run, jobs={name: job for name, job in found.items() if job is not None})
+
+
+def _attempt(kind: type[Config], values: Mapping[str, object], place: str, reasons: list[str]) -> Config | None:
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        reasons += [place + reason for reason in error.reasons]
+        return None

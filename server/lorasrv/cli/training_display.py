@@ -1,0 +1,61 @@
+"""What a person sees of a training run: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorasrv.cli.console import say
+from lorasrv.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorasrv.train.run import StepReport
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def training_display(config: TrainConfig) -> Iterator[Callable[["StepReport"], None]]:
+    """Gives a function that shows a step."""
+    max_steps = config.run.max_steps
+    if sys.stderr.isatty():
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.description}"), console=Console(file=sys.stderr)) as bar:
+            task = bar.add_task("", total=max_steps)
+
+            def show(report: "StepReport") -> None:
+                bar.update(task, completed=report.step, description=_describe(report))
+                if report.evaluations:
+                    bar.console.print(f"step {report.step}: {_evaluations(report)}", highlight=False)
+
+            yield show
+        return
+    last = -_SECONDS_BETWEEN_LINES
+
+    def show_line(report: "StepReport") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if report.evaluations or report.step in (1, max_steps) or now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            held_out = f", {_evaluations(report)}" if report.evaluations else ""
+            say(f"step {report.step}/{max_steps}: {_describe(report)}{held_out}")
+
+    yield show_line
+
+
+def _describe(report: "StepReport") -> str:
+    losses = _by_job({name: f"{job.loss:.3f}" for name, job in report.jobs.items()})
+    rate = max(job.learning_rate for job in report.jobs.values())
+    return f"loss {losses}, learning rate {rate:.2e}, {report.tokens / report.seconds:.0f} tokens/s"
+
+
+def _evaluations(report: "StepReport") -> str:
+    return "held out " + _by_job({name: f"{loss:.3f}" for name, loss in report.evaluations.items()})
+
+
+def _by_job(values: dict[str, str]) -> str:
+    return next(iter(values.values())) if len(values) == 1 else " ".join(f"{k}={v}" for k, v in values.items())

@@ -1,0 +1,171 @@
+"""One adapter while it is trained: which tensors it has, what they mean to the layers, and the folder they become.
+
+Methods end here: the layers see `Factors`, the formula of every method. Knows PEFT's config and names through
+`lorasrv_adapters`; knows no data and no optimizer. Letters: R rank, I in-features, O out-features.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from lorasrv_adapters.base import BaseModel
+from lorasrv_adapters.config import parse_adapter_config
+from lorasrv_adapters.errors import AdapterIncompatibleError
+from lorasrv_adapters.naming import PREFIX
+from lorasrv_adapters.plan import ModulePlan, make_plan
+from torch import Tensor
+
+from lorasrv.train.budget import Triplets
+from lorasrv.train.parameters import FlatParameters
+
+# what AdaLoRA's authors draw P and Q from
+_ADALORA_DEVIATION = 0.02
+_ENDINGS: Mapping[str, Mapping[str, str]] = {
+    "lora": {"a": ".lora_A.weight", "b": ".lora_B.weight"},
+    "dora": {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
+    "adalora": {"a": ".lora_A", "b": ".lora_B", "e": ".lora_E"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """An adapter in one linear layer: y = d * (W x + scale * B A x) + bias.
+
+    Attributes:
+        a: [R, I] float32.
+        b: [O, R] float32.
+        scale: of the low-rank product.
+        d: [O] float32, or None for ones.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    d: Tensor | None = None
+
+
+class FrozenLinear(Protocol):
+    """What DoRA asks of a base layer."""
+
+    def project(self, rows: Tensor) -> Tensor:
+        """rows: [R, I] float32. Returns rows W^T, [R, O] float32, without a gradient."""
+
+    def squared_row_norms(self) -> Tensor:
+        """[O] float32: |W|^2 of every row."""
+
+
+class TrainableAdapter:
+    """The tensors of one adapter.
+
+    Attributes:
+        config: the content of `adapter_config.json`.
+        plans: what each adapted module has, by name.
+        parameters: the tensors, by PEFT's names.
+        dropout: how much of a low-rank branch's input is dropped.
+    """
+
+    def __init__(self, config: Mapping[str, object], base: BaseModel, *, seed: int, dropout: float = 0.0) -> None:
+        """Draws initial values on the CPU, from the seed alone, so that a device changes nothing.
+
+        Raises:
+            AdapterIncompatibleError: the config does not fit the base, or asks for what is not trained.
+        """
+        self.config = config
+        self.dropout = dropout
+        self._parsed = parse_adapter_config(config)
+        self.plans, reasons = make_plan(self._parsed, base)
+        reasons += [
+            f"{name}: only linear layers are trained" for name, plan in self.plans.items() if not _is_low_rank(plan)
+        ]
+        if reasons:
+            raise AdapterIncompatibleError(reasons)
+        self._endings = _ENDINGS[self._parsed.kind if self._parsed.kind != "rslora" else "lora"]
+        generator = torch.Generator().manual_seed(seed)
+        initial = {name: self._initial(name, plan, base, generator) for name, plan in self.plans.items()}
+        named = {
+            role: {self._name(module, role): tensors[role] for module, tensors in initial.items()}
+            for role in self._endings
+        }
+        self.parameters = FlatParameters(named)
+
+    def factors(self, module: str, linear: FrozenLinear) -> Factors | None:
+        """What the adapter does in a module; None where it does nothing."""
+        plan = self.plans.get(module)
+        if plan is None or plan.rank is None:
+            return None
+        scale = self._parsed.scale(plan.rank, plan.alpha)
+        a, b = self._tensor(module, "a"), self._tensor(module, "b")
+        if self._parsed.kind == "adalora":
+            return Factors(a=a * self._tensor(module, "e"), b=b, scale=scale)
+        if self._parsed.kind == "dora":
+            norm = dora_norm(a.detach(), b.detach(), scale=scale, linear=linear)
+            return Factors(a=a, b=b, scale=scale, d=self._tensor(module, "magnitude") / norm)
+        return Factors(a=a, b=b, scale=scale)
+
+    def triplets(self) -> dict[str, Triplets]:
+        """By module, AdaLoRA's factors; empty for other methods."""
+        if self._parsed.kind != "adalora":
+            return {}
+        return {
+            module: Triplets(p=self._tensor(module, "b"), e=self._tensor(module, "e"), q=self._tensor(module, "a"))
+            for module in self.plans
+        }
+
+    def checkpoint(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """The content of a PEFT folder: config and tensors; `masks` are AdaLoRA's, by module."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.parameters.tensors.items()}
+        config = dict(self.config)
+        if masks:
+            config["rank_pattern"] = {f"{module}.lora_E": mask.tolist() for module, mask in masks.items()}
+        for module, mask in masks.items():
+            for role in ("a", "b", "e"):
+                name = self._name(module, role)
+                tensors[name] = tensors[name][:, mask] if role == "b" else tensors[name][mask]
+        return config, {PREFIX + name: tensor for name, tensor in tensors.items()}
+
+    def _tensor(self, module: str, role: str) -> Tensor:
+        return self.parameters.tensors[self._name(module, role)]
+
+    def _name(self, module: str, role: str) -> str:
+        return module + self._endings[role]
+
+    def _initial(self, module: str, plan: ModulePlan, base: BaseModel, generator: torch.Generator) -> dict[str, Tensor]:
+        assert plan.rank is not None
+        shape_a, shape_b = (plan.rank, plan.base.in_features), (plan.base.out_features, plan.rank)
+        if self._parsed.kind == "adalora":
+            a, b = (torch.randn(shape, generator=generator) * _ADALORA_DEVIATION for shape in (shape_a, shape_b))
+            return {"a": a, "b": b, "e": torch.zeros(plan.rank, 1)}
+        deviation = 1 / plan.rank if self.config.get("init_lora_weights") == "gaussian" else None
+        a = _kaiming(shape_a, generator) if deviation is None else torch.randn(shape_a, generator=generator) * deviation
+        tensors = {"a": a, "b": torch.zeros(shape_b)}
+        if self._parsed.kind == "dora":
+            tensors["magnitude"] = _row_norms(base, module, plan.base.out_features)
+        return tensors
+
+
+def dora_norm(a: Tensor, b: Tensor, *, scale: float, linear: FrozenLinear) -> Tensor:
+    """Row norms of W + scale B A without forming it: [O] float32 (DoRA, https://arxiv.org/abs/2402.09353 section 4.3).
+
+    |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B), of which |W|^2 is known.
+    """
+    crossed = (linear.project(a).T * b).sum(1)
+    updated = ((b @ (a @ a.T)) * b).sum(1)
+    squared = linear.squared_row_norms() + 2 * scale * crossed + scale**2 * updated
+    return squared.clamp_min_(0).sqrt_()
+
+
+def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Uniform within 1 / sqrt(I), as torch.nn.Linear begins."""
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _row_norms(base: BaseModel, module: str, num_rows: int, *, chunk: int = 512) -> Tensor:
+    pieces = [base.weight_rows(module, start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)]
+    return torch.cat([piece.norm(dim=1) for piece in pieces])
+
+
+def _is_low_rank(plan: ModulePlan) -> bool:
+    return plan.targeted and plan.base.kind == "linear" and not (plan.replaced or plan.row_ids or plan.bias)

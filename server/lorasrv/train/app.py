@@ -1,0 +1,175 @@
+"""A whole training run from its configuration: base and data in, adapter folders out.
+
+Everything that can be wrong with base, data and targets is found before the first step. Knows no terminal.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from lorasrv_adapters.provenance import BASE_DIGEST_KEY
+
+from lorasrv import __version__
+from lorasrv.embedded import embedded_base, embedded_base_name
+from lorasrv.errors import ConfigError, TrainingDataError
+from lorasrv.model.decoder import DecoderModel
+from lorasrv.model.device import resolve_device, resolve_dtype
+from lorasrv.model.hub import model_folder
+from lorasrv.model.loader import load_model
+from lorasrv.model.tokenizer import Tokenizer
+from lorasrv.train.config import JobConfig, TrainConfig
+from lorasrv.train.data.conversation import ChatTemplate
+from lorasrv.train.data.examples import Example, Tally, encode_samples
+from lorasrv.train.data.records import read_records
+from lorasrv.train.data.samples import to_sample
+from lorasrv.train.job import TrainingJob
+from lorasrv.train.network import TrainableModel
+from lorasrv.train.run import StepReport, TrainingRun
+
+_LONGEST_BY_DEFAULT = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        folder: of the adapter.
+        tally: of its data.
+        ranks: by module.
+        held_out_loss: in nats a token, before and after; None without held-out data.
+    """
+
+    folder: Path
+    tally: Tally
+    ranks: dict[str, int]
+    held_out_loss: tuple[float, float] | None
+
+    def summary(self) -> dict[str, object]:
+        """For a report in JSON."""
+        before, after = self.held_out_loss or (None, None)
+        return {
+            "folder": self.folder,
+            "examples": self.tally.examples,
+            "supervised_tokens": self.tally.supervised_tokens,
+            "ranks": self.ranks,
+            "held_out_loss_before": before,
+            "held_out_loss": after,
+        }
+
+
+def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[str, Outcome]:
+    """Trains all jobs of a run together, and writes each one's folder at the end; blocks for as long as that takes.
+
+    Args:
+        config: what to do.
+        report: called after every step.
+
+    Raises:
+        ConfigError: a folder exists already, or the device is not there.
+        ModelLoadError: the base cannot be used.
+        TrainingDataError: the data cannot; lists what is wrong in every job.
+        AdapterIncompatibleError: the targets do not fit the base.
+        NonFiniteLossError: a loss was NaN or infinite; nothing is written.
+    """
+    existing = [
+        f"{job.out} exists; choose another folder or remove it" for job in config.jobs.values() if job.out.exists()
+    ]
+    if existing:
+        raise ConfigError(existing)
+    run = config.run
+    device = resolve_device(run.device)
+    folder = embedded_base() if run.base is None else model_folder(run.base)
+    model = load_model(folder, dtype=resolve_dtype(run.dtype, device), device=device, quantize=run.quantize)
+    max_tokens = min(run.max_tokens or _LONGEST_BY_DEFAULT, model.max_positions, run.micro_batch_tokens)
+    data = _read_all(config, folder, max_tokens=max_tokens)
+    jobs = [
+        TrainingJob(
+            name,
+            job,
+            base=model.base,
+            base_name=embedded_base_name() if run.base is None else run.base,
+            examples=data[name].examples,
+            held_out=data[name].held_out,
+            max_steps=run.max_steps,
+            seed=run.seed,
+        )
+        for name, job in config.jobs.items()
+    ]
+    training = TrainingRun(
+        TrainableModel(model, checkpoint_layers=run.checkpoint_layers),
+        jobs,
+        micro_batch_tokens=run.micro_batch_tokens,
+        device=device,
+    )
+    before = {job.name: training.evaluate(job) for job in jobs if job.held_out}
+    training.train(run.max_steps, eval_every=run.eval_every, report=report)
+    after = {job.name: training.evaluate(job) for job in jobs if job.held_out}
+    return {
+        job.name: Outcome(
+            folder=job.write(_provenance(config, job.config, model)),
+            tally=data[job.name].tally,
+            ranks=job.ranks(),
+            held_out_loss=(before[job.name], after[job.name]) if job.held_out else None,
+        )
+        for job in jobs
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    tally: Tally
+
+
+def _read_all(config: TrainConfig, base: Path, *, max_tokens: int) -> dict[str, _Data]:
+    tokenizer = Tokenizer(base)
+    reasons: list[str] = []
+    found = {}
+    for name, job in config.jobs.items():
+        try:
+            found[name] = _read(job, tokenizer, base, max_tokens=max_tokens)
+        except TrainingDataError as error:
+            place = f"job {name}: " if len(config.jobs) > 1 else ""
+            reasons += [place + reason for reason in error.reasons]
+    if reasons:
+        raise TrainingDataError(reasons)
+    return found
+
+
+def _read(job: JobConfig, tokenizer: Tokenizer, base: Path, *, max_tokens: int) -> _Data:
+    own = None if job.chat_template is None else ChatTemplate(job.chat_template.read_text(encoding="utf-8"))
+    template = own or ChatTemplate.from_folder(base)
+
+    def encode(files: Sequence[Path]) -> tuple[list[Example], Tally]:
+        samples = (to_sample(record, template) for file in files for record in read_records(file))
+        return encode_samples(samples, tokenizer, max_tokens=max_tokens, over_long=job.over_long)
+
+    examples, tally = encode(job.data)
+    if job.eval_data:
+        return _Data(examples=examples, held_out=encode(job.eval_data)[0], tally=tally)
+    # the last ones: of running text, what comes after everything learned
+    kept = min(round(len(examples) * job.eval_fraction), len(examples) - 1)
+    cut = len(examples) - kept
+    return _Data(examples=examples[:cut], held_out=examples[cut:], tally=tally)
+
+
+def _provenance(config: TrainConfig, job: JobConfig, model: DecoderModel) -> dict[str, object]:
+    """Where an adapter comes from, without a path of the machine it was trained on."""
+    return {
+        BASE_DIGEST_KEY: model.base.digest,
+        "base_quantization": "nf4" if config.run.quantize else "none",
+        "data": {file.name: sha256(file.read_bytes()).hexdigest() for file in (*job.data, *job.eval_data)},
+        "method": job.method,
+        "max_steps": config.run.max_steps,
+        "seed": config.run.seed,
+        "versions": {
+            "lorasrv": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

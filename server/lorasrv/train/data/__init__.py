@@ -1,0 +1,1 @@
+"""From data files to token batches with a supervision mask. Knows the tokenizer; knows no tensor and no adapter."""

@@ -1,0 +1,174 @@
+"""One adapter on its way through a run: its data, its optimizer, its schedule, its allocator.
+
+Knows its own steps; does not know that other adapters may share its batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lorasrv_adapters.base import BaseModel
+from lorasrv_adapters.checkpoint import write_checkpoint
+from torch import Tensor
+
+from lorasrv.train.adapter import TrainableAdapter
+from lorasrv.train.budget import BudgetSchedule, RankAllocator, orthogonality
+from lorasrv.train.config import JobConfig
+from lorasrv.train.data.examples import Example
+from lorasrv.train.data.order import ExampleOrder
+from lorasrv.train.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step of one job did.
+
+    Attributes:
+        loss: mean over its supervised tokens, in nats.
+        learning_rate: the highest of its groups'.
+        gradient_norm: before clipping.
+    """
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+class TrainingJob:
+    """One adapter being trained.
+
+    Attributes:
+        name: of the job.
+        config: what was asked for.
+        adapter: the tensors.
+        held_out: examples for evaluation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: JobConfig,
+        *,
+        base: BaseModel,
+        base_name: str,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        max_steps: int,
+        seed: int,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.held_out = held_out
+        self._examples = examples
+        self._max_steps = max_steps
+        self._order = ExampleOrder(len(examples), batch_size=config.batch_size, seed=seed)
+        described = adapter_config(config, base_name=base_name, max_steps=max_steps)
+        self.adapter = TrainableAdapter(described, base, seed=seed, dropout=config.dropout)
+        self._optimizer = _optimizer(self.adapter, config)
+        self._allocator = _allocator(self.adapter, config, max_steps=max_steps)
+
+    def examples(self, step: int) -> list[Example]:
+        """What step `step`, counted from 0, learns."""
+        return [self._examples[place] for place in self._order.step(step)]
+
+    def regularizer(self) -> Tensor | None:
+        """What the loss of a step has beside the data's; differentiable."""
+        triplets = self.adapter.triplets()
+        return orthogonality(triplets) * self.config.orthogonality if triplets else None
+
+    def finish_step(self, step: int, *, loss: float) -> StepResult:
+        """Takes the gradients of step `step`, counted from 0, into the tensors, and clears them."""
+        norm = self.adapter.parameters.gradient_norm()
+        if self.config.clip:
+            factor = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+            for buffer in self.adapter.parameters.buffers.values():
+                assert buffer.grad is not None
+                buffer.grad.mul_(factor)
+        factor_now = learning_rate_factor(
+            self.config.schedule, step, max_steps=self._max_steps, warmup=self.config.warmup
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor_now
+        self._optimizer.step()
+        if self._allocator is not None:
+            self._allocator.update(step + 1)
+        self.adapter.parameters.clear_gradients()
+        rate = max(group["lr"] for group in self._optimizer.param_groups)
+        return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm))
+
+    def ranks(self) -> dict[str, int]:
+        """By module, the rank now."""
+        if self._allocator is not None:
+            return self._allocator.ranks()
+        return {name: plan.rank or 0 for name, plan in self.adapter.plans.items()}
+
+    def write(self, provenance: Mapping[str, object]) -> Path:
+        """Writes the adapter as a PEFT folder, whole or not at all; returns where."""
+        config, tensors = self.adapter.checkpoint(self._allocator.masks if self._allocator is not None else {})
+        write_checkpoint(self.config.out, config, tensors, provenance=provenance)
+        return self.config.out
+
+
+def adapter_config(job: JobConfig, *, base_name: str, max_steps: int) -> dict[str, object]:
+    """The content of `adapter_config.json`, as PEFT spells it."""
+    targets = "all-linear" if job.target_modules == ("all-linear",) else sorted(job.target_modules)
+    config: dict[str, object] = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": job.effective_alpha,
+        "lora_dropout": job.dropout,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
+    if job.method == "adalora":
+        first, last = _allocation_steps(job, max_steps)
+        return config | {
+            "peft_type": "ADALORA",
+            "init_r": job.start_rank,
+            "target_r": job.rank,
+            "tinit": first,
+            "tfinal": max_steps - last,
+            "deltaT": job.allocate_every,
+            "beta1": job.sensitivity_beta,
+            "beta2": job.sensitivity_beta,
+            "orth_reg_weight": job.orthogonality,
+            "total_step": max_steps,
+        }
+    return config | {
+        "peft_type": "LORA",
+        "r": job.rank,
+        "use_rslora": job.method == "rslora",
+        "use_dora": job.method == "dora",
+        "init_lora_weights": "gaussian" if job.initialization == "gaussian" else True,
+    }
+
+
+def _optimizer(adapter: TrainableAdapter, job: JobConfig) -> torch.optim.Optimizer:
+    groups = []
+    for role, buffer in adapter.parameters.buffers.items():
+        rate = job.learning_rate * (job.lora_plus_ratio if role == "b" else 1.0)
+        groups.append({"params": [buffer], "lr": rate, "peak_lr": rate})
+    return torch.optim.AdamW(groups, betas=(job.beta1, job.beta2), weight_decay=job.weight_decay, fused=True)
+
+
+def _allocator(adapter: TrainableAdapter, job: JobConfig, *, max_steps: int) -> RankAllocator | None:
+    triplets = adapter.triplets()
+    if not triplets:
+        return None
+    first, last = _allocation_steps(job, max_steps)
+    schedule = BudgetSchedule(
+        start=job.start_rank * len(triplets),
+        target=job.rank * len(triplets),
+        first_step=first,
+        last_step=last,
+        every=job.allocate_every,
+    )
+    return RankAllocator(triplets, schedule, beta=job.sensitivity_beta)
+
+
+def _allocation_steps(job: JobConfig, max_steps: int) -> tuple[int, int]:
+    """The last step with all ranks, and the first with the final ones."""
+    first = min(round(job.allocate_from * max_steps), max_steps - 2)
+    return first, max(first + 1, min(round(job.allocate_until * max_steps), max_steps - 1))

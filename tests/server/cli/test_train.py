@@ -1,0 +1,120 @@
+"""`lorasrv train`: what is asked for by flags, environment and file, and the folders that come of it."""
+
+import json
+
+import pytest
+from lorasrv.cli.train import train_config
+from lorasrv.embedded import embedded_adapters
+from lorasrv.errors import ConfigError
+from tiny_peft import save_base
+
+TEXTS = ["Of arms and the man I sing, ", "who first from the shores of Troy, ", "exiled by fate, came to Italy. "]
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "base").mkdir()
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text * (1 + n % 2)}) + "\n" for n, text in enumerate(TEXTS * 4)))
+    return path
+
+
+def flags_of(base, data):
+    return ("--base", base, "--data", data, "--max-steps", 3, "--batch-size", 4, "--rank", 2, "--learning-rate", 0.1)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora"])
+def test_an_adapter_of_every_kind_would_be_served(lorasrv, base, data, tmp_path, method):
+    out = tmp_path / "adapter"
+    end = lorasrv("train", *flags_of(base, data), "--method", method, "--out", out, "--json")
+    assert end.code == 0, end.err
+    (summary,) = end.json.values()
+    assert summary["folder"] == str(out)
+    # nearly all of a rank-2 adapter's modules keep a rank, whatever AdaLoRA prunes
+    assert sum(summary["ranks"].values()) == 2 * len(summary["ranks"])
+    assert summary["held_out_loss"] != summary["held_out_loss_before"]
+    checked = lorasrv("check", out, "--base", base, "--json")
+    assert checked.code == 0, checked.err
+    assert json.loads((out / "provenance.json").read_text())["method"] == method
+
+
+def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
+    config = tmp_path / "jobs.yaml"
+    config.write_text(
+        f"base: {base}\ndata: [{data}]\nmax_steps: 2\nbatch_size: 2\neval_fraction: 0\nlearning-rate: 1e-3\n"
+        f"jobs:\n  a: {{out: {tmp_path / 'a'}, rank: 3}}\n  b: {{out: {tmp_path / 'b'}, method: dora}}\n"
+    )
+    end = lorasrv("train", config, "--rank", 5, "--json")
+    assert end.code == 0, end.err
+    assert {name: set(job["ranks"].values()) for name, job in end.json.items()} == {"a": {5}, "b": {5}}
+    assert "step 2/2: loss a=" in end.err
+
+
+def test_trained_alone_or_together_an_adapter_is_the_same(lorasrv, base, data, tmp_path):
+    from safetensors.torch import load_file
+
+    shared = f"base: {base}\ndata: [{data}]\nmax_steps: 2\nbatch_size: 2\nrank: 2\ndtype: float32\neval_fraction: 0\n"
+    (tmp_path / "one.yaml").write_text(shared + f"out: {tmp_path / 'one'}\n")
+    jobs = "".join(f"  {name}: {{out: {tmp_path / name}, method: {name}}}\n" for name in ("lora", "dora"))
+    (tmp_path / "both.yaml").write_text(shared + "jobs:\n" + jobs)
+    for name in ("one", "both"):
+        assert lorasrv("train", tmp_path / f"{name}.yaml").code == 0
+    alone, together = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "lora"))
+    for name, tensor in alone.items():
+        # float32 sums over other rows in the same batch; Adam's first steps divide by gradients' own size
+        assert (tensor - together[name]).abs().max() < 1e-5, name
+
+
+def test_everything_wrong_is_said_at_once(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("rank: 0\nbatch_sise: 3\njobs:\n  a: {seed: 1, rank: no}\n  b: 7\n")
+    with pytest.raises(ConfigError) as caught:
+        train_config({"config": str(file)}, {})
+    assert len(caught.value.reasons) == 1
+    assert "unknown key batch_sise; did you mean batch_size?" in caught.value.reasons[0]
+    file.write_text("rank: 0\ndropout: 2\njobs:\n  a: {seed: 1, rank: no}\n  b: 7\n")
+    with pytest.raises(ConfigError) as caught:
+        train_config({"config": str(file)}, {})
+    assert [reason.partition(": jobs: ")[2] for reason in caught.value.reasons] == [
+        "a: seed is one for all jobs; give it above them",
+        "a: rank: expected a whole number, got False",
+        "b: expected keys and values, got int",
+    ]
+    file.write_text("rank: 0\ndropout: 2\nmax_steps: 0\njobs: {a: {}, b: {out: x}}\n")
+    with pytest.raises(ConfigError) as caught:
+        train_config({"config": str(file)}, {})
+    assert caught.value.reasons[0] == "max_steps is 0: it must be at least 1"
+    assert caught.value.reasons[1:3] == (
+        "job a: out is missing: name the new adapter folder",
+        "job a: data is missing: name at least one file",
+    )
+    assert len(caught.value.reasons) == 8
+
+
+def test_two_jobs_in_one_folder(data, tmp_path):
+    file = tmp_path / "same.yaml"
+    file.write_text(f"out: {tmp_path / 'x'}\ndata: [{data}]\njobs: {{a: {{}}, b: {{}}}}\n")
+    with pytest.raises(ConfigError, match="x is the folder of 2 jobs"):
+        train_config({"config": str(file)}, {})
+
+
+def test_an_existing_folder_is_left_alone(lorasrv, base, data):
+    taken = next(iter(embedded_adapters().values()))
+    before = {path.name: path.read_bytes() for path in taken.iterdir()}
+    end = lorasrv("train", *flags_of(base, data), "--out", taken)
+    assert (end.code, end.out) == (3, "")
+    assert "exists; choose another folder" in end.err
+    assert {path.name: path.read_bytes() for path in taken.iterdir()} == before
+
+
+def test_wrong_data_leaves_nothing(lorasrv, base, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    end = lorasrv("train", *flags_of(base, tmp_path / "bad.jsonl"), "--out", tmp_path / "adapter")
+    assert (end.code, end.out) == (3, "")
+    assert "bad.jsonl:1: text must be text, got int" in end.err
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,121 @@
+"""Losses and gradients of every method are those of PEFT's own modules in transformers' own model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lorasrv.model.decoder import DecoderModel
+from lorasrv.train.adapter import TrainableAdapter
+from lorasrv.train.config import JobConfig
+from lorasrv.train.job import adapter_config
+from lorasrv.train.network import TokenBatch, TrainableModel
+from lorasrv_adapters.checkpoint import write_checkpoint
+from peft import PeftModel
+from served_base import as_served
+
+# PEFT asks transformers in the words of its version 4
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+METHODS = ["lora", "rslora", "dora", "adalora"]
+LENGTHS = (7, 19, 1, 12)
+
+
+def new_adapter(model: DecoderModel, method: str, *, rank: int = 4, seed: int = 0, **options: Any) -> TrainableAdapter:
+    """An adapter all of whose tensors are random, so that every gradient is there."""
+    job = JobConfig(out=Path("/none"), data=(Path("/none"),), method=method, rank=rank, **options)
+    adapter = TrainableAdapter(adapter_config(job, base_name="base", max_steps=100), model.base, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in adapter.parameters.tensors.items():
+        if "magnitude" in name:
+            tensor.data *= 1 + 0.2 * torch.randn(tensor.shape, generator=generator)
+        else:
+            tensor.data = tensor.data.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return adapter
+
+
+def new_batch(vocab_size: int, segments: tuple[tuple[int, ...], ...] = (LENGTHS,)) -> TokenBatch:
+    lengths = tuple(length for segment in segments for length in segment)
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(vocab_size, (sum(lengths),), generator=generator)
+    weights = torch.rand(sum(lengths), generator=generator) * (torch.rand(sum(lengths), generator=generator) > 0.3)
+    targets = token_ids.roll(-1)
+    # the last token of a sequence has nothing to predict
+    weights[torch.tensor(lengths).cumsum(0) - 1] = 0
+    return TokenBatch(
+        token_ids=token_ids,
+        targets=targets,
+        weights=weights,
+        lengths=lengths,
+        segments=tuple(sum(segment) for segment in segments),
+    )
+
+
+def peft_gradients(
+    folder: Path, model: DecoderModel, adapter: TrainableAdapter, batch: TokenBatch, path: Path
+) -> tuple[float, Mapping[str, torch.Tensor]]:
+    """What PEFT says of the same tensors, one sequence at a time."""
+    write_checkpoint(path, *adapter.checkpoint({}))
+    oracle = PeftModel.from_pretrained(as_served(folder, model), path, is_trainable=True)
+    loss = torch.zeros(())
+    parts = (tensor.split(batch.lengths) for tensor in (batch.token_ids, batch.targets, batch.weights))
+    for token_ids, targets, weights in zip(*parts, strict=True):
+        logits = oracle(input_ids=token_ids[None]).logits[0]
+        loss = loss + (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    loss.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in oracle.named_parameters()
+        if parameter.grad is not None
+    }
+    return float(loss.detach()), {
+        name.replace("magnitude_vector.weight", "magnitude_vector"): g for name, g in gradients.items()
+    }
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients(
+    base_folder: Path, load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, checkpoint_layers: bool
+) -> None:
+    model = load_base()
+    adapter, batch = new_adapter(model, method), new_batch(model.config.vocab_size)
+    losses = TrainableModel(model, checkpoint_layers=checkpoint_layers).losses(batch, [adapter])
+    losses.sum().backward()
+    expected_loss, expected = peft_gradients(base_folder, model, adapter, batch, tmp_path / "adapter")
+    # float32 sums in another order over two layers
+    assert float(losses.detach().sum()) == pytest.approx(expected_loss, rel=1e-5)
+    assert expected.keys() == adapter.parameters.tensors.keys()
+    for name, gradient in expected.items():
+        ours = adapter.parameters.tensors[name].grad
+        assert ours is not None
+        torch.testing.assert_close(ours, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+
+
+def test_adapters_trained_together_have_the_gradients_of_each_alone(load_base: Callable[[], DecoderModel]) -> None:
+    model = load_base()
+    network = TrainableModel(model, checkpoint_layers=False)
+    segments = ((7, 19), (5,), (1, 12), (8, 3))
+    together = [new_adapter(model, method, rank=3 + place, seed=place) for place, method in enumerate(METHODS)]
+    batch = new_batch(model.config.vocab_size, segments)
+    losses = network.losses(batch, together)
+    losses.sum().backward()
+    start = 0
+    for place, method in enumerate(METHODS):
+        alone = new_adapter(model, method, rank=3 + place, seed=place)
+        rows = slice(start, start + batch.segments[place])
+        own = TokenBatch(
+            token_ids=batch.token_ids[rows],
+            targets=batch.targets[rows],
+            weights=batch.weights[rows],
+            lengths=segments[place],
+            segments=(batch.segments[place],),
+        )
+        network.losses(own, [alone]).sum().backward()
+        largest = max(float(buffer.grad.abs().max()) for buffer in alone.parameters.buffers.values())
+        for name, tensor in alone.parameters.tensors.items():
+            ours, expected = together[place].parameters.tensors[name].grad, tensor.grad
+            # float32 products of another number of rows, through two layers whose terms cancel
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * largest)
+        start = rows.stop
