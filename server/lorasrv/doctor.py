@@ -32,6 +32,7 @@ REQUIRED = {
     "prometheus_client": "prometheus-client",
     "huggingface_hub": "huggingface-hub",
     "yaml": "PyYAML",
+    "jinja2": "jinja2",
     "rich": "rich",
 }
 """Modules that serving imports, and the packages that have them."""
