@@ -1,4 +1,6 @@
-// What both AVX-512 versions share: the end of a sum, and rounding.
+// What both AVX-512 versions share: the scales of blocks, the end of a sum, and rounding.
+
+#include <algorithm>
 
 namespace {
 
@@ -39,6 +41,21 @@ LORASRV_OPERATION __m512i rounded_to_bfloat16(__m512 values) {
 LORASRV_OPERATION void round_sums(const float* values, uint16_t* results) {
     const __m512i rounded = rounded_to_bfloat16(_mm512_loadu_ps(values));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(results), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+LORASRV_TARGET void fill_scales(const Slice& slice, int64_t first_block, int64_t blocks, float* scales) {
+    const __m512 offset = _mm512_set1_ps(slice.offset);
+    for (int64_t block = first_block, last = first_block + blocks; block < last;) {
+        const __m512 nested = _mm512_set1_ps(slice.nested_absmax[block / kNestedBlock]);
+        const int64_t stop = std::min(last, (block / kNestedBlock + 1) * kNestedBlock);
+        for (; block + 16 <= stop; block += 16) {
+            const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(slice.absmax + block));
+            const __m512 values = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), slice.nested_codes, 4);
+            // two roundings, as in Slice::scale
+            _mm512_storeu_ps(scales + block - first_block, _mm512_add_ps(_mm512_mul_ps(values, nested), offset));
+        }
+        for (; block < stop; ++block) scales[block - first_block] = slice.scale(block);
+    }
 }
 
 }  // namespace

@@ -54,10 +54,6 @@ void widen(const uint16_t* from, int64_t first, int64_t last, float* to) {
     for (int64_t i = first; i < last; ++i) to[i] = from_bfloat16(from[i]);
 }
 
-void fill_scales(const Slice& slice, int64_t first_block, int64_t blocks, float* scales) {
-    for (int64_t i = 0; i < blocks; ++i) scales[i] = slice.scale(first_block + i);
-}
-
 char* aligned(void* pointer) {
     return reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(pointer), 64));
 }
@@ -97,7 +93,7 @@ void nf4_rows(const LinearKernels& kernels, const Layer& layer, const Tokens& to
         for (int64_t row = 0; row < count; row += scratch.panel_rows) {
             const int64_t rows = std::min(scratch.panel_rows, count - row);
             const int64_t block = (slice_row + row) * layer.row_blocks;
-            fill_scales(slice, block, rows * layer.row_blocks, scales);
+            kernels.fill_scales(slice, block, rows * layer.row_blocks, scales);
             const CodeRows codes{slice.packed + block * (kBlock / 2), scales, slice.levels, rows, bfloat16};
             const Tokens part = at_row(tokens, out_row + row);
             if (tokens.count <= kernels.few_tokens) {

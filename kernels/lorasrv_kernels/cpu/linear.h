@@ -34,6 +34,8 @@ struct CodeRows {
 struct LinearKernels {
     int32_t element_bytes;     // of x and of a panel
     int64_t few_tokens;        // up to here `multiply_codes` serves
+    // the scales of `blocks` blocks, with the bits of Slice::scale
+    void (*fill_scales)(const Slice& slice, int64_t first_block, int64_t blocks, float* scales);
     // weights of `codes` into panel [rows, I], rows `stride` elements apart
     void (*dequantize)(const CodeRows& codes, int64_t in_features, void* panel, int64_t stride);
     // out = x W^T, W [rows, I], rows `stride` elements apart; at most kMaxPanelRows rows

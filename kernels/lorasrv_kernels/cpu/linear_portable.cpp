@@ -67,6 +67,10 @@ LORASRV_OPERATION void round_sums(const float* values, uint16_t* results) {
     for (int i = 0; i < kLanes; ++i) results[i] = to_bfloat16(values[i]);
 }
 
+void fill_scales(const Slice& slice, int64_t first_block, int64_t blocks, float* scales) {
+    slice.fill_scales(first_block, blocks, scales);
+}
+
 }  // namespace
 
 #include "linear_tile.h"

@@ -6,13 +6,15 @@
 //     Vector, Sum, Table       registers of weights or x, of partial sums, of one block's scaled levels
 //     kStep, kLanes            elements of a Vector, sums of a Sum
 //     kTileRows, kTileTokens   sums held at a time
-//     load, store, zero, load_sum, store_sum, multiply_add, scaled_table, decode, add_lanes, round_sums
+//     load, store, zero, load_sum, store_sum, multiply_add, scaled_table, decode, add_lanes, round_sums,
+//     fill_scales
 
 #include <algorithm>
 
 namespace {
 
 constexpr int64_t kDepth = 1024;  // elements of I at a time, so that a tile's rows stay in the first-level cache
+constexpr int64_t kPrefetchBytes = 4096;  // of codes, at least
 constexpr int kFewTokens = 8;       // computed straight from the codes
 
 // sums [N, kMaxPanelRows, kLanes] of R rows and N tokens over `steps` vectors
@@ -52,18 +54,27 @@ LORASRV_TARGET void add_codes(const uint8_t* packed, const float* scales, const 
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sum[r][n] = zero();
+    const int64_t row_bytes = blocks * (kBlock / 2);
+    const int64_t ahead = (kPrefetchBytes + R * row_bytes - 1) / (R * row_bytes) * (R * row_bytes);
     for (int64_t block = 0; block < blocks; ++block) {
+        Table table[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Table table = scaled_table(levels, scales[r * blocks + block], round);
-            const uint8_t* codes = packed + (r * blocks + block) * (kBlock / 2);
+            table[r] = scaled_table(levels, scales[r * blocks + block], round);
+            // rows are too short for the processor's own prefetching
+            __builtin_prefetch(packed + r * row_bytes + block * (kBlock / 2) + ahead);
+        }
 #pragma GCC unroll 16
-            for (int part = 0; part < kBlock / kStep; ++part) {
-                const Vector weight = decode(table, codes, part);
+        for (int part = 0; part < kBlock / kStep; ++part) {
+            Vector weight[R];
 #pragma GCC unroll 16
-                for (int n = 0; n < N; ++n)
-                    sum[r][n] = multiply_add(sum[r][n], weight,
-                                             load(x + n * in_features + block * kBlock + part * kStep));
+            for (int r = 0; r < R; ++r)
+                weight[r] = decode(table[r], packed + r * row_bytes + block * (kBlock / 2), part);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) {
+                const Vector token = load(x + n * in_features + block * kBlock + part * kStep);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) sum[r][n] = multiply_add(sum[r][n], weight[r], token);
             }
         }
     }
@@ -125,7 +136,7 @@ LORASRV_TARGET void multiply_few(const CodeRows& codes, const Tokens& tokens) {
     alignas(64) float sums[N * kMaxPanelRows * kLanes];
     const Element* x = static_cast<const Element*>(tokens.x);
     const int64_t blocks = tokens.in_features / kBlock;
-    constexpr int kRows = N <= 6 ? 4 : 2;  // as many sums as there are registers
+    constexpr int kRows = N <= 4 ? 4 : N <= 6 ? 3 : 2;  // as many sums as there are registers
     int64_t row = 0;
     for (; row + kRows <= codes.rows; row += kRows)
         add_codes<kRows, N>(codes.packed + row * blocks * (kBlock / 2), codes.scales + row * blocks, codes.levels,
@@ -178,7 +189,7 @@ void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Toke
     }
 }
 
-constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, dequantize_rows, multiply_rows,
+constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, fill_scales, dequantize_rows, multiply_rows,
                                  multiply_few_count<kFewTokens>};
 
 }  // namespace

@@ -22,6 +22,10 @@ struct Slice {
         return product + offset;
     }
 
+    void fill_scales(int64_t first_block, int64_t blocks, float* scales) const {
+        for (int64_t i = 0; i < blocks; ++i) scales[i] = scale(first_block + i);
+    }
+
     // The slice after this one, which has `blocks` blocks; its offset is for the caller to set.
     Slice next(int64_t blocks) const {
         return {packed + blocks * (kBlock / 2),
