@@ -31,6 +31,10 @@ const LinearKernels& kernels_of(int32_t isa, int32_t dtype) {
 
 int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
+bool widens(const LinearKernels& kernels, int32_t dtype) {
+    return dtype == kBfloat16 && kernels.element_bytes == sizeof(float);
+}
+
 // What a call needs beyond its arguments; offsets are in bytes.
 struct Scratch {
     int64_t panel_rows;
@@ -43,15 +47,15 @@ struct Scratch {
         const int64_t row_bytes = round_up(in_features * kernels.element_bytes, 64) + kPanelPad;
         panel_rows = std::clamp(kPanelBytes / row_bytes / kRowGroup * kRowGroup, kRowGroup, kMaxPanelRows);
         panel_stride = row_bytes / kernels.element_bytes;
-        const bool widen = dtype == kBfloat16 && kernels.element_bytes == sizeof(float);
-        x_bytes = widen ? round_up(tokens * in_features * sizeof(float), 64) : 0;
+        const bool prepare = widens(kernels, dtype) || kernels.arrange;
+        x_bytes = prepare ? round_up(tokens * in_features * kernels.element_bytes, 64) : 0;
         scales_offset = panel_rows * row_bytes;
         thread_bytes = scales_offset + round_up(panel_rows * (in_features / kBlock) * sizeof(float), 64);
     }
 };
 
-void widen(const uint16_t* from, int64_t first, int64_t last, float* to) {
-    for (int64_t i = first; i < last; ++i) to[i] = from_bfloat16(from[i]);
+void widen(const uint16_t* from, int64_t blocks, void* to) {
+    for (int64_t i = 0; i < blocks * kBlock; ++i) static_cast<float*>(to)[i] = from_bfloat16(from[i]);
 }
 
 char* aligned(void* pointer) {
@@ -116,7 +120,7 @@ void dense_rows(const LinearKernels& kernels, const void* weight, const Tokens& 
             const uint16_t* from = static_cast<const uint16_t*>(weight) + row * tokens.in_features;
             float* to = reinterpret_cast<float*>(panel);
             for (int64_t r = 0; r < rows; ++r)
-                widen(from + r * tokens.in_features, 0, tokens.in_features, to + r * scratch.panel_stride);
+                widen(from + r * tokens.in_features, tokens.in_features / kBlock, to + r * scratch.panel_stride);
             kernels.multiply(panel, scratch.panel_stride, rows, part);
         } else {
             const char* from = static_cast<const char*>(weight) + row * tokens.in_features * kernels.element_bytes;
@@ -125,16 +129,31 @@ void dense_rows(const LinearKernels& kernels, const void* weight, const Tokens& 
     }
 }
 
-// use(start, stop, thread) over all rows, whole groups of them to each thread; x is widened first where that is asked
+// Tokens as the kernels take them, if that is not as they are: `change` writes them to `to`.
+struct Prepared {
+    void (*change)(const uint16_t* from, int64_t blocks, void* to);
+    const void* from;
+    void* to;
+    int64_t blocks;
+    int64_t block_bytes;
+
+    const void* x() const { return change ? to : from; }
+    void part(int64_t thread, int64_t count) const {
+        const int64_t first = blocks * thread / count, last = blocks * (thread + 1) / count;
+        change(static_cast<const uint16_t*>(from) + first * kBlock, last - first,
+               static_cast<char*>(to) + first * block_bytes);
+    }
+};
+
+// use(start, stop, thread) over all rows, whole groups of them to each thread, once the tokens are prepared
 template <typename Use>
-void share_rows(int64_t rows, int64_t work, int32_t threads, const uint16_t* x, float* wide, int64_t elements,
-                const Use& use) {
+void share_rows(int64_t rows, int64_t work, int32_t threads, const Prepared& tokens, const Use& use) {
     const int64_t groups = (rows + kRowGroup - 1) / kRowGroup;
 #pragma omp parallel num_threads(threads) if (threads > 1 && work >= kParallelWork)
     {
         const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        if (wide) {
-            widen(x, elements * thread / count, elements * (thread + 1) / count, wide);
+        if (tokens.change) {
+            tokens.part(thread, count);
 #pragma omp barrier
         }
         const int64_t start = groups * thread / count * kRowGroup;
@@ -167,11 +186,12 @@ extern "C" void lorasrv_nf4_linear(const void* x, const uint8_t* packed, const u
     int64_t rows = 0;
     for (int64_t index = 0; index < num_slices; ++index) rows += out_features[index];
     char* base = aligned(memory);
-    float* wide = scratch.x_bytes ? reinterpret_cast<float*>(base) : nullptr;
     const bool bfloat16 = dtype == kBfloat16;
-    const Tokens all{wide ? wide : x, tokens, in_features, out, rows, bfloat16};
-    share_rows(rows, rows * row_blocks * (tokens + 4), threads, static_cast<const uint16_t*>(x), wide,
-               tokens * in_features, [&](int64_t start, int64_t stop, int64_t thread) {
+    const Prepared prepared{widens(kernels, dtype) ? widen : kernels.arrange, x, base, tokens * row_blocks,
+                            kBlock * kernels.element_bytes};
+    const Tokens all{prepared.x(), tokens, in_features, out, rows, bfloat16};
+    share_rows(rows, rows * row_blocks * (tokens + 4), threads, prepared,
+               [&](int64_t start, int64_t stop, int64_t thread) {
                    nf4_rows(kernels, layer, all, bfloat16, start, stop, scratch,
                             base + scratch.x_bytes + thread * scratch.thread_bytes);
                });
@@ -184,11 +204,13 @@ extern "C" void lorasrv_dense_linear(const void* x, const void* weight, int64_t 
     const LinearKernels& kernels = kernels_of(isa, dtype);
     const Scratch scratch(kernels, tokens, in_features, dtype);
     char* base = aligned(memory);
-    float* wide = scratch.x_bytes ? reinterpret_cast<float*>(base) : nullptr;
-    const Tokens all{wide ? wide : x, tokens, in_features, out, rows, dtype == kBfloat16};
-    share_rows(rows, rows * (in_features / kBlock) * (tokens + 4), threads, static_cast<const uint16_t*>(x), wide,
-               tokens * in_features, [&](int64_t start, int64_t stop, int64_t thread) {
-                   char* panel = wide ? base + scratch.x_bytes + thread * scratch.thread_bytes : nullptr;
-                   dense_rows(kernels, weight, all, start, stop, scratch, panel);
+    const int64_t row_blocks = in_features / kBlock;
+    const Prepared prepared{widens(kernels, dtype) ? widen : nullptr, x, base, tokens * row_blocks,
+                            kBlock * kernels.element_bytes};
+    const Tokens all{prepared.x(), tokens, in_features, out, rows, dtype == kBfloat16};
+    share_rows(rows, rows * row_blocks * (tokens + 4), threads, prepared,
+               [&](int64_t start, int64_t stop, int64_t thread) {
+                   char* panel = base + scratch.x_bytes + thread * scratch.thread_bytes;
+                   dense_rows(kernels, weight, all, start, stop, scratch, prepared.change ? panel : nullptr);
                });
 }

@@ -1,8 +1,8 @@
 // What a version of the linear layer for one instruction set offers to the driver (linear.cpp).
 //
 // Every version adds in one order, which depends on I alone: lane l of a sum takes every kLanes-th run of weights in
-// ascending order, and the lanes are added in a fixed tree at the end. How many rows and tokens are computed at a time
-// changes no bit.
+// ascending order (within a block of NF4 weights in one that the version chooses), and the lanes are added in a fixed tree
+// at the end. How many rows and tokens are computed at a time changes no bit.
 
 #pragma once
 
@@ -34,6 +34,8 @@ struct CodeRows {
 struct LinearKernels {
     int32_t element_bytes;     // of x and of a panel
     int64_t few_tokens;        // up to here `multiply_codes` serves
+    // null, or puts `blocks` blocks of a token in the order in which `dequantize` and `multiply_codes` take weights
+    void (*arrange)(const uint16_t* from, int64_t blocks, void* to);
     // the scales of `blocks` blocks, with the bits of Slice::scale
     void (*fill_scales)(const Slice& slice, int64_t first_block, int64_t blocks, float* scales);
     // weights of `codes` into panel [rows, I], rows `stride` elements apart

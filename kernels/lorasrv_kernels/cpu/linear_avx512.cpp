@@ -46,6 +46,8 @@ LORASRV_OPERATION Vector decode(Table table, const uint8_t* codes, int part) {
     return _mm512_permutexvar_ps(indices, table);
 }
 
+constexpr auto arrange = nullptr;
+
 }  // namespace
 
 #include "linear_tile.h"

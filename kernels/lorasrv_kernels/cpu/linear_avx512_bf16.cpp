@@ -1,6 +1,7 @@
 // The linear layer with bfloat16 dot products (AVX-512-BF16): 32 products and 16 sums an instruction.
 //
-// The instruction takes subnormal bfloat16 values as zero.
+// The instruction takes subnormal bfloat16 values as zero. Over NF4 weights the elements of a block are multiplied in an
+// order of their own, tokens and weights alike.
 
 #include "linear.h"
 
@@ -35,15 +36,35 @@ LORASRV_OPERATION Sum multiply_add(Sum sum, Vector a, Vector b) {
 LORASRV_OPERATION Table scaled_table(const float* levels, float scale, bool) {
     const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
     // twice, so that the fifth bit of an index does not matter
-    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
+    return (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
 }
 
+// The order in which a block's weights fall out of their codes with fewest operations: of every two bytes, taken as one
+// number, the codes at bits 0 and 4, each of them a half of the first vector, then those at bits 8 and 12.
 LORASRV_OPERATION Vector decode(Table table, const uint8_t* codes, int part) {
-    // a byte in 32 bits becomes two 16-bit indices in row order: shifted right by four, and as it is
     const __m512i bytes =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * part)));
-    const __m512i shifts = _mm512_set1_epi64(0x2820282408000804);
-    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, bytes), table);
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i shifts = _mm512_inserti64x4(_mm512_set1_epi16(static_cast<int16_t>(8 * part)),
+                                              _mm256_set1_epi16(static_cast<int16_t>(8 * part + 4)), 1);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, shifts), table);
+}
+
+// `blocks` blocks of tokens in the order of decoded weights.
+LORASRV_TARGET void arrange(const uint16_t* from, int64_t blocks, void* to) {
+    alignas(64) uint16_t places[2][32];
+    for (int i = 0; i < 16; ++i) {
+        places[0][i] = static_cast<uint16_t>(4 * i + 1);
+        places[0][16 + i] = static_cast<uint16_t>(4 * i);
+        places[1][i] = static_cast<uint16_t>(4 * i + 3);
+        places[1][16 + i] = static_cast<uint16_t>(4 * i + 2);
+    }
+    const Vector first = load(places[0]), second = load(places[1]);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const Vector low = load(from + block * kBlock), high = load(from + block * kBlock + kStep);
+        Element* out = static_cast<Element*>(to) + block * kBlock;
+        store(out, _mm512_permutex2var_epi16(low, first, high));
+        store(out + kStep, _mm512_permutex2var_epi16(low, second, high));
+    }
 }
 
 }  // namespace

@@ -71,6 +71,8 @@ void fill_scales(const Slice& slice, int64_t first_block, int64_t blocks, float*
     slice.fill_scales(first_block, blocks, scales);
 }
 
+constexpr auto arrange = nullptr;
+
 }  // namespace
 
 #include "linear_tile.h"

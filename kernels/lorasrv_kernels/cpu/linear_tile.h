@@ -7,7 +7,7 @@
 //     kStep, kLanes            elements of a Vector, sums of a Sum
 //     kTileRows, kTileTokens   sums held at a time
 //     load, store, zero, load_sum, store_sum, multiply_add, scaled_table, decode, add_lanes, round_sums,
-//     fill_scales
+//     fill_scales, arrange (or nullptr)
 
 #include <algorithm>
 
@@ -189,7 +189,7 @@ void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Toke
     }
 }
 
-constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, fill_scales, dequantize_rows, multiply_rows,
+constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, arrange, fill_scales, dequantize_rows, multiply_rows,
                                  multiply_few_count<kFewTokens>};
 
 }  // namespace
