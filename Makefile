@@ -3,11 +3,13 @@
 #   PYTHON=/path/to/python3     which Python makes .venv; by default the first one from 3.11 on
 #   TORCH_INDEX=URL             where PyTorch comes from, for machines that want its CPU wheels; empty: where pip looks
 #   CXX=g++                     the compiler of the native kernels; without a working one the PyTorch path serves
-#   ARGS="..."                  more arguments for demo, serve, test, fuzz or bench
+#   VLLM_PYTHON=/path/python    the Python of an environment that has vLLM, for bench-peers; empty: vLLM is not run
+#   ARGS="..."                  more arguments for demo, serve, test, fuzz, bench or bench-peers
 
 VENV ?= .venv
 ASSETS ?= server/lorasrv/assets
 TORCH_INDEX ?=
+VLLM_PYTHON ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test fuzz check bench gpu-check readme proto native assets clean
+.PHONY: help demo serve test fuzz check bench bench-peers gpu-check readme proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -56,7 +58,13 @@ check: $(VENV)/.dev $(NATIVE) ## Lint, formatting, types, import contracts, wire
 	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once their results are right
-	@for script in kernels/benchmarks/*.py server/benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $$(grep -l '^if __name__' kernels/benchmarks/*.py server/benchmarks/*.py); do \
+		$(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+# vLLM needs an environment of its own, which is never made here: CONTRIBUTING.md says how
+bench-peers: $(VENV)/.test $(NATIVE) ## The same work on lorasrv, PEFT and vLLM, side by side (VLLM_PYTHON=python that has vLLM)
+	@PYTHONPATH=server/benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python server/benchmarks/peers/compare.py \
+		$(if $(SMALL),--small) --vllm-python "$(VLLM_PYTHON)" $(ARGS)
 
 # no environment of ours: whatever Python has PyTorch for the device, where nothing can be installed
 gpu-check: ## Test and time the CUDA kernels and steps, 8 minutes at most (SMALL=1: tiny, through Triton's interpreter)
