@@ -257,14 +257,16 @@ class NonFiniteLossError(LorasrvError):
     Attributes:
         step: counted from 1.
         jobs: whose losses.
+        places: of the examples that were in the batch.
     """
 
-    def __init__(self, *, step: int, jobs: Sequence[str]) -> None:
+    def __init__(self, *, step: int, jobs: Sequence[str], places: Sequence[str]) -> None:
         self.step = step
         self.jobs = tuple(jobs)
+        self.places = tuple(dict.fromkeys(places))
         super().__init__(
-            f"the loss of {', '.join(self.jobs)} at step {step} is not finite; lower the learning rate, or look at the "
-            "examples of that step"
+            f"the loss of {', '.join(self.jobs)} at step {step} is not finite; lower the learning rate, or look at "
+            f"these examples: {', '.join(self.places)}"
         )
 
 

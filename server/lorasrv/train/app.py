@@ -5,7 +5,7 @@ Everything that can be wrong with base, data and targets is found before the fir
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lorasrv.model.device import resolve_device, resolve_dtype
 from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
+from lorasrv.train.checkpoint import RunCheckpoints, checkpoint_folder
 from lorasrv.train.config import JobConfig, TrainConfig
 from lorasrv.train.data.conversation import ChatTemplate
 from lorasrv.train.data.examples import Example, Tally, encode_samples
@@ -30,6 +31,7 @@ from lorasrv.train.network import TrainableModel
 from lorasrv.train.run import StepReport, TrainingRun
 
 _LONGEST_BY_DEFAULT = 2048
+_OF_NO_CONSEQUENCE = ("base", "resume", "save_every", "out", "data", "eval_data", "chat_template")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,48 +77,42 @@ def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[
         AdapterIncompatibleError: the targets do not fit the base.
         NonFiniteLossError: a loss was NaN or infinite; nothing is written.
     """
-    existing = [
-        f"{job.out} exists; choose another folder or remove it" for job in config.jobs.values() if job.out.exists()
-    ]
-    if existing:
-        raise ConfigError(existing)
+    _check_folders(config)
     run = config.run
     device = resolve_device(run.device)
     folder = embedded_base() if run.base is None else model_folder(run.base)
     model = load_model(folder, dtype=resolve_dtype(run.dtype, device), device=device, quantize=run.quantize)
     max_tokens = min(run.max_tokens or _LONGEST_BY_DEFAULT, model.max_positions, run.micro_batch_tokens)
     data = _read_all(config, folder, max_tokens=max_tokens)
-    jobs = [
-        TrainingJob(
-            name,
-            job,
-            base=model.base,
-            base_name=embedded_base_name() if run.base is None else run.base,
-            examples=data[name].examples,
-            held_out=data[name].held_out,
-            max_steps=run.max_steps,
-            seed=run.seed,
-        )
-        for name, job in config.jobs.items()
-    ]
+    base_name = embedded_base_name() if run.base is None else run.base
+    jobs = [_new_job(name, config, data[name], model=model, base_name=base_name) for name in config.jobs]
     training = TrainingRun(
         TrainableModel(model, checkpoint_layers=run.checkpoint_layers),
         jobs,
         micro_batch_tokens=run.micro_batch_tokens,
+        seed=run.seed,
         device=device,
     )
     before = {job.name: training.evaluate(job) for job in jobs if job.held_out}
-    training.train(run.max_steps, eval_every=run.eval_every, report=report)
-    after = {job.name: training.evaluate(job) for job in jobs if job.held_out}
-    return {
-        job.name: Outcome(
-            folder=job.write(_provenance(config, job.config, model)),
+    checkpoints = RunCheckpoints(jobs, identities={name: _identity(config, name, data[name], model) for name in data})
+    start = checkpoints.resume() if run.resume else 0
+
+    def save(step: int) -> None:
+        if run.save_every and step % run.save_every == 0:
+            checkpoints.save(step)
+
+    training.train(range(start, run.max_steps), eval_every=run.eval_every, report=report, save=save)
+    outcomes = {}
+    for job in jobs:
+        job.take_best()
+        outcomes[job.name] = Outcome(
+            folder=job.write(_provenance(config, job.name, model)),
             tally=data[job.name].tally,
             ranks=job.ranks(),
-            held_out_loss=(before[job.name], after[job.name]) if job.held_out else None,
+            held_out_loss=(before[job.name], training.evaluate(job)) if job.held_out else None,
         )
-        for job in jobs
-    }
+    checkpoints.remove()
+    return outcomes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +120,41 @@ class _Data:
     examples: Sequence[Example]
     held_out: Sequence[Example]
     tally: Tally
+
+
+def _check_folders(config: TrainConfig) -> None:
+    outs = [job.out for job in config.jobs.values()]
+    reasons = [f"{out} exists; choose another folder or remove it" for out in outs if out.exists()]
+    if not config.run.resume:
+        started = [checkpoint_folder(out) for out in outs]
+        reasons += [
+            f"{path} holds a run that was interrupted; add --resume, or remove it" for path in started if path.exists()
+        ]
+    if reasons:
+        raise ConfigError(reasons)
+
+
+def _new_job(name: str, config: TrainConfig, data: "_Data", *, model: DecoderModel, base_name: str) -> TrainingJob:
+    return TrainingJob(
+        name,
+        config.jobs[name],
+        base=model.base,
+        base_name=base_name,
+        examples=data.examples,
+        held_out=data.held_out,
+        max_steps=config.run.max_steps,
+        seed=config.run.seed,
+    )
+
+
+def _identity(config: TrainConfig, name: str, data: "_Data", model: DecoderModel) -> dict[str, object]:
+    """What must be the same in a run that goes on: everything that changes a bit of the result."""
+    run = {key: value for key, value in asdict(config.run).items() if key not in _OF_NO_CONSEQUENCE}
+    job = {key: value for key, value in asdict(config.jobs[name]).items() if key not in _OF_NO_CONSEQUENCE}
+    tokens = sha256()
+    for example in (*data.examples, *data.held_out):
+        tokens.update(example.token_ids.tobytes() + example.supervised)
+    return {**run, **job, "jobs": sorted(config.jobs), "base": model.base.digest, "data": tokens.hexdigest()}
 
 
 def _read_all(config: TrainConfig, base: Path, *, max_tokens: int) -> dict[str, _Data]:
@@ -158,8 +189,9 @@ def _read(job: JobConfig, tokenizer: Tokenizer, base: Path, *, max_tokens: int) 
     return _Data(examples=examples[:cut], held_out=examples[cut:], tally=tally)
 
 
-def _provenance(config: TrainConfig, job: JobConfig, model: DecoderModel) -> dict[str, object]:
+def _provenance(config: TrainConfig, name: str, model: DecoderModel) -> dict[str, object]:
     """Where an adapter comes from, without a path of the machine it was trained on."""
+    job = config.jobs[name]
     return {
         BASE_DIGEST_KEY: model.base.digest,
         "base_quantization": "nf4" if config.run.quantize else "none",

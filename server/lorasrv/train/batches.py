@@ -67,4 +67,5 @@ def _token_batch(shares: Sequence[Share], num_adapters: int, device: torch.devic
         weights=torch.tensor(weights, dtype=torch.float32, device=device),
         lengths=tuple(len(share.example.token_ids) for share in shares),
         segments=tuple(segments),
+        places=tuple(share.example.place for share in shares),
     )

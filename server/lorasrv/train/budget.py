@@ -93,6 +93,11 @@ class RankAllocator:
             for name, triplet in self._triplets.items():
                 triplet.e[~self.masks[name]] = 0
 
+    @property
+    def is_final(self) -> bool:
+        """Whether no more than the final budget is left."""
+        return sum(self.ranks().values()) <= self._schedule.target
+
     def ranks(self) -> dict[str, int]:
         """By module, how many triplets are kept now."""
         return {name: int(mask.sum()) for name, mask in self.masks.items()}

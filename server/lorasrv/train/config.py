@@ -51,6 +51,8 @@ class RunConfig:
     checkpoint_layers: bool = setting(
         True, switch, "Keep one tensor a layer and compute the rest again on the way back: less memory, a third slower."
     )
+    save_every: int = setting(100, integer, "Steps between checkpoints; 0: none.", metavar="N")
+    resume: bool = setting(False, switch, "Go on from the newest checkpoint, as if the run had never stopped.")
     eval_every: int = setting(50, integer, "Steps between evaluations; 0: only at the end.", metavar="N")
     seed: int = setting(0, integer, "Of initial weights, order of the data and dropout.", metavar="N")
 
@@ -131,6 +133,9 @@ class JobConfig:
     beta1: float = setting(0.9, number, "Adam's average of gradients.", metavar="B")
     beta2: float = setting(0.999, number, "Adam's average of squared gradients.", metavar="B")
     clip: float = setting(1.0, number, "The largest gradient norm; 0: any.", metavar="G")
+    patience: int = setting(
+        0, integer, "Stop after so many evaluations without a lower held-out loss; 0: never.", metavar="N"
+    )
     orthogonality: float = setting(0.1, number, "AdaLoRA: weight of the orthogonal regularizer.", metavar="G")
     allocate_from: float = setting(0.1, number, "AdaLoRA: the part of all steps before ranks go down.", metavar="F")
     allocate_until: float = setting(0.7, number, "AdaLoRA: the part of all steps after which ranks stay.", metavar="F")
@@ -187,6 +192,7 @@ _RUN_LIMITS: _Limits = (
     ("max_tokens", 2, None),
     ("micro_batch_tokens", 2, None),
     ("eval_every", 0, None),
+    ("save_every", 0, None),
 )
 _JOB_LIMITS: _Limits = (
     ("eval_fraction", 0, 0.9),
@@ -201,6 +207,7 @@ _JOB_LIMITS: _Limits = (
     ("beta1", 0, 1),
     ("beta2", 0, 1),
     ("clip", 0, None),
+    ("patience", 0, None),
     ("orthogonality", 0, None),
     ("allocate_from", 0, 1),
     ("allocate_until", 0, 1),

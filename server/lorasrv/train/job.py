@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorasrv.train.adapter import TrainableAdapter
 from lorasrv.train.budget import BudgetSchedule, RankAllocator, orthogonality
+from lorasrv.train.checkpoint import Checkpoint
 from lorasrv.train.config import JobConfig
 from lorasrv.train.data.examples import Example
 from lorasrv.train.data.order import ExampleOrder
@@ -35,6 +36,21 @@ class StepResult:
     gradient_norm: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best that held-out data have seen.
+
+    Attributes:
+        step: after how many steps.
+        loss: held out, in nats a token.
+        buffers: the adapter's flat tensors, by role.
+    """
+
+    step: int
+    loss: float
+    buffers: Mapping[str, Tensor]
+
+
 class TrainingJob:
     """One adapter being trained.
 
@@ -43,6 +59,7 @@ class TrainingJob:
         config: what was asked for.
         adapter: the tensors.
         held_out: examples for evaluation.
+        best: the tensors with the lowest held-out loss so far; None before the first evaluation.
     """
 
     def __init__(
@@ -67,6 +84,13 @@ class TrainingJob:
         self.adapter = TrainableAdapter(described, base, seed=seed, dropout=config.dropout)
         self._optimizer = _optimizer(self.adapter, config)
         self._allocator = _allocator(self.adapter, config, max_steps=max_steps)
+        self.best: Best | None = None
+        self._evaluations_since_best = 0
+
+    @property
+    def out(self) -> Path:
+        """Where its adapter will be."""
+        return self.config.out
 
     def examples(self, step: int) -> list[Example]:
         """What step `step`, counted from 0, learns."""
@@ -96,6 +120,63 @@ class TrainingJob:
         self.adapter.parameters.clear_gradients()
         rate = max(group["lr"] for group in self._optimizer.param_groups)
         return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm))
+
+    def observe(self, step: int, held_out_loss: float) -> None:
+        """Takes the held-out loss after `step` steps; the tensors with the lowest one are kept.
+
+        AdaLoRA's count from its final ranks on.
+        """
+        if self._allocator is not None and not self._allocator.is_final:
+            return
+        if self.best is None or held_out_loss < self.best.loss:
+            buffers = {role: buffer.detach().clone() for role, buffer in self.adapter.parameters.buffers.items()}
+            self.best = Best(step=step, loss=held_out_loss, buffers=buffers)
+            self._evaluations_since_best = 0
+        else:
+            self._evaluations_since_best += 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the held-out loss has stopped falling for as long as `patience` allows."""
+        return 0 < self.config.patience <= self._evaluations_since_best
+
+    def take_best(self) -> None:
+        """Goes back to the tensors with the lowest held-out loss, if there were evaluations."""
+        if self.best is not None:
+            for role, buffer in self.adapter.parameters.buffers.items():
+                buffer.data.copy_(self.best.buffers[role])
+
+    def state(self, step: int) -> Checkpoint:
+        """Everything that `step` steps have changed."""
+        tensors: dict[str, Tensor] = {}
+        for role, buffer in self.adapter.parameters.buffers.items():
+            tensors[f"parameters/{role}"] = buffer.detach()
+            tensors |= {f"optimizer/{role}/{key}": value for key, value in self._optimizer.state[buffer].items()}
+            if self.best is not None:
+                tensors[f"best/{role}"] = self.best.buffers[role]
+        if self._allocator is not None:
+            tensors |= {f"allocator/{key}": value for key, value in self._allocator.state().items()}
+        facts = {
+            "best": None if self.best is None else {"step": self.best.step, "loss": self.best.loss},
+            "evaluations_since_best": self._evaluations_since_best,
+        }
+        return Checkpoint(step=step, tensors=tensors, facts=facts)
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Takes what `state` gave; the job then goes on as if it had never stopped."""
+        tensors, best = checkpoint.tensors, checkpoint.facts["best"]
+        for role, buffer in self.adapter.parameters.buffers.items():
+            buffer.data.copy_(tensors[f"parameters/{role}"])
+            prefix = f"optimizer/{role}/"
+            moments = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            self._optimizer.state[buffer] = moments
+        if self._allocator is not None:
+            prefix = "allocator/"
+            self._allocator.load_state({name.removeprefix(prefix): tensors[name] for name in tensors})
+        if best is not None:
+            buffers = {role: tensors[f"best/{role}"] for role in self.adapter.parameters.buffers}
+            self.best = Best(step=best["step"], loss=best["loss"], buffers=buffers)
+        self._evaluations_since_best = checkpoint.facts["evaluations_since_best"]
 
     def ranks(self) -> dict[str, int]:
         """By module, the rank now."""

@@ -19,7 +19,7 @@ from lorasrv.model.config import ModelConfig
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.layers import RotaryTable
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
-from lorasrv.train.adapter import TrainableAdapter
+from lorasrv.train.adapter import Factors, TrainableAdapter
 from lorasrv.train.loss import token_losses
 
 _NORM_ROWS = 512
@@ -35,6 +35,7 @@ class TokenBatch:
         weights: [T] float32: of each row's loss; 0 where there is nothing to learn.
         lengths: of every sequence, in rows.
         segments: for each adapter, the number of its rows.
+        places: of every sequence, where it came from; for messages.
     """
 
     token_ids: Tensor
@@ -42,6 +43,7 @@ class TokenBatch:
     weights: Tensor
     lengths: tuple[int, ...]
     segments: tuple[int, ...]
+    places: tuple[str, ...] = ()
 
 
 class TrainableLinear:
@@ -56,6 +58,8 @@ class TrainableLinear:
     def forward(self, x: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """x: [T, I]. Returns [T, O], each adapter applied to its rows."""
         y = self._product(x)
+        # evaluations, which take no gradient, drop nothing
+        drops = torch.is_grad_enabled()
         found = [adapter.factors(self.name, self) for adapter in adapters]
         if any(factors is not None for factors in found):
             parts = []
@@ -65,12 +69,19 @@ class TrainableLinear:
                 if factors is None:
                     parts.append(rows)
                     continue
-                inputs = F.dropout(inputs, adapter.dropout) if adapter.dropout else inputs
-                update = F.linear(F.linear(inputs.float(), factors.a), factors.b) * factors.scale
-                wide = rows.float() + update
-                parts.append((wide if factors.d is None else wide * factors.d).to(y.dtype))
+                dropped = F.dropout(inputs, adapter.dropout) if drops and adapter.dropout else inputs
+                update = F.linear(F.linear(dropped.float(), factors.a), factors.b) * factors.scale
+                parts.append(self._adapt(rows, dropped, update, factors, is_whole=dropped is inputs).to(y.dtype))
             y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return y if self._bias is None else y + self._bias
+
+    def _adapt(self, y: Tensor, dropped: Tensor, update: Tensor, factors: Factors, *, is_whole: bool) -> Tensor:
+        """d * (y + update); as in PEFT, what d adds to the base's output sees the dropped input. float32."""
+        if factors.d is None:
+            return y.float() + update
+        if is_whole:
+            return (y.float() + update) * factors.d
+        return y.float() + (factors.d - 1) * self._product(dropped).float() + factors.d * update
 
     @torch.no_grad()
     def project(self, rows: Tensor) -> Tensor:

@@ -3,17 +3,21 @@
 Knows the model, the jobs and the steps; does not know files of data, terminals or reports.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorasrv.errors import NonFiniteLossError
 from lorasrv.train.batches import Share, share_out, token_batches
 from lorasrv.train.job import StepResult, TrainingJob
 from lorasrv.train.network import TokenBatch, TrainableModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,45 +48,88 @@ class TrainingRun:
         jobs: Sequence[TrainingJob],
         *,
         micro_batch_tokens: int,
+        seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self._model = model
         self._jobs = tuple(jobs)
-        self._adapters = [job.adapter for job in jobs]
+        self._seed = seed
         self._micro_batch_tokens = micro_batch_tokens
         self._device = device
 
-    def train(self, max_steps: int, *, eval_every: int, report: Callable[[StepReport], None]) -> None:
-        """Runs all steps.
+    def train(
+        self,
+        steps: range,
+        *,
+        eval_every: int,
+        report: Callable[[StepReport], None],
+        save: Callable[[int], None],
+    ) -> None:
+        """Runs some steps, fewer if every job is done before.
+
+        Args:
+            steps: which, counted from 0; the first ones were done by a run before this.
+            eval_every: steps between evaluations; 0: only after the last one.
+            report: called after every step.
+            save: called after it with the number of steps done.
 
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; nothing of that step was learned.
         """
-        for step in range(max_steps):
+        for step in steps:
+            jobs = [job for job in self._jobs if not job.is_done]
+            if not jobs:
+                return
             started = time.monotonic()
-            tokens, results = self._step(step)
+            tokens, results = self._step(step, jobs)
             seconds = time.monotonic() - started
-            due = step + 1 == max_steps or (eval_every and (step + 1) % eval_every == 0)
-            evaluations = {job.name: self.evaluate(job) for job in self._jobs if job.held_out} if due else {}
+            due = step + 1 == steps.stop or (eval_every and (step + 1) % eval_every == 0)
+            evaluations = {job.name: self.evaluate(job) for job in jobs if job.held_out} if due else {}
+            for job in jobs:
+                if job.name in evaluations:
+                    job.observe(step + 1, evaluations[job.name])
             report(StepReport(step=step + 1, tokens=tokens, seconds=seconds, jobs=results, evaluations=evaluations))
+            save(step + 1)
 
-    def _step(self, step: int) -> tuple[int, dict[str, StepResult]]:
-        shares = share_out([job.examples(step) for job in self._jobs])
-        totals = torch.zeros(len(self._jobs))
-        batches = self._token_batches(shares, len(self._jobs))
-        for batch in batches:
-            losses = self._model.losses(batch, self._adapters)
+    def _step(self, step: int, jobs: Sequence[TrainingJob]) -> tuple[int, dict[str, StepResult]]:
+        shares = share_out([job.examples(step) for job in jobs])
+        while True:
+            try:
+                tokens, totals = self._gradients(step, shares, jobs)
+                break
+            except torch.OutOfMemoryError:
+                if not self._shrink(shares):
+                    raise
+                for job in jobs:
+                    job.adapter.parameters.clear_gradients()
+        results = {job.name: job.finish_step(step, loss=total) for job, total in zip(jobs, totals, strict=True)}
+        return tokens, results
+
+    def _gradients(self, step: int, shares: Sequence[Share], jobs: Sequence[TrainingJob]) -> tuple[int, list[float]]:
+        """Adds the gradients of a step to the jobs' tensors; returns its tokens and every job's loss."""
+        totals = torch.zeros(len(jobs))
+        batches = self._token_batches(shares, len(jobs))
+        for place, batch in enumerate(batches):
+            # of the step alone, so that a run that was interrupted drops what it would have dropped
+            torch.manual_seed(self._seed + (step << 16) + place)
+            losses = self._model.losses(batch, [job.adapter for job in jobs])
             losses.sum().backward()
-            totals += _by_adapter(losses.detach(), batch)
-        self._check(step, totals)
-        for job in self._jobs:
+            totals += self._by_job(step, losses.detach(), batch, jobs)
+        for job in jobs:
             extra = job.regularizer()
             if extra is not None:
                 extra.backward()
-        results = {
-            job.name: job.finish_step(step, loss=float(total)) for job, total in zip(self._jobs, totals, strict=True)
-        }
-        return sum(len(batch.token_ids) for batch in batches), results
+        return sum(len(batch.token_ids) for batch in batches), totals.tolist()
+
+    def _shrink(self, shares: Sequence[Share]) -> bool:
+        """Halves what goes through the model at a time, for more micro-batches in the same step; False if it cannot."""
+        longest = max(len(share.example.token_ids) for share in shares)
+        if self._micro_batch_tokens <= longest:
+            return False
+        self._micro_batch_tokens = max(longest, self._micro_batch_tokens // 2)
+        _log.warning("out of memory: from now on %d tokens at a time, in more pieces", self._micro_batch_tokens)
+        torch.cuda.empty_cache()
+        return True
 
     @torch.no_grad()
     def evaluate(self, job: TrainingJob) -> float:
@@ -98,11 +145,10 @@ class TrainingRun:
             shares, num_adapters=num_adapters, max_tokens=self._micro_batch_tokens, device=self._device
         )
 
-    def _check(self, step: int, totals: torch.Tensor) -> None:
-        broken = [job.name for job, loss in zip(self._jobs, totals.tolist(), strict=True) if not math.isfinite(loss)]
+    def _by_job(self, step: int, losses: Tensor, batch: TokenBatch, jobs: Sequence[TrainingJob]) -> Tensor:
+        """The loss of every job in a batch: [J] float32, on the CPU."""
+        sums = torch.stack([part.sum() for part in losses.split(batch.segments)]).cpu()
+        broken = [job.name for job, loss in zip(jobs, sums.tolist(), strict=True) if not math.isfinite(loss)]
         if broken:
-            raise NonFiniteLossError(step=step + 1, jobs=broken)
-
-
-def _by_adapter(losses: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-    return torch.stack([part.sum() for part in losses.split(batch.segments)])
+            raise NonFiniteLossError(step=step + 1, jobs=broken, places=batch.places)
+        return sums

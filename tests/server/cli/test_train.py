@@ -6,6 +6,7 @@ import pytest
 from lorasrv.cli.train import train_config
 from lorasrv.embedded import embedded_adapters
 from lorasrv.errors import ConfigError
+from lorasrv.train.job import TrainingJob
 from tiny_peft import save_base
 
 TEXTS = ["Of arms and the man I sing, ", "who first from the shores of Troy, ", "exiled by fate, came to Italy. "]
@@ -118,3 +119,52 @@ def test_wrong_data_leaves_nothing(lorasrv, base, tmp_path):
     assert (end.code, end.out) == (3, "")
     assert "bad.jsonl:1: text must be text, got int" in end.err
     assert not (tmp_path / "adapter").exists()
+
+
+def _digests(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path, monkeypatch):
+    jobs = "".join(f"  {name}: {{out: {tmp_path / name}, method: {name}}}\n" for name in ("lora", "adalora"))
+    config = tmp_path / "run.yaml"
+    shared = f"base: {base}\ndata: [{data}]\nmax_steps: 6\nbatch_size: 3\nrank: 2\nsave_every: 2\ndropout: 0.1\n"
+    config.write_text(shared + "jobs:\n" + jobs)
+    assert lorasrv("train", config).code == 0
+    expected = [_digests(tmp_path / name) for name in ("lora", "adalora")]
+    for name in ("lora", "adalora"):
+        (tmp_path / name).rename(tmp_path / f"whole-{name}")
+
+    steps = []
+    finish_step = TrainingJob.finish_step
+
+    def killed(self, step, *, loss):
+        steps.append(step)
+        if step == 5:
+            raise KeyboardInterrupt
+        return finish_step(self, step, loss=loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingJob, "finish_step", killed)
+        assert lorasrv("train", config).code == 130
+    assert sorted(path.name for path in (tmp_path / "lora.checkpoints").iterdir()) == [
+        "step-000000002",
+        "step-000000004",
+    ]
+    again = lorasrv("train", config)
+    assert again.code == 3
+    assert again.err.count("add --resume, or remove it") == 2
+    other = lorasrv("train", config, "--resume", "--learning-rate", 1.0)
+    assert other.code == 3
+    assert "lora: learning_rate is 1.0, the run that was interrupted had 0.0002" in other.err
+    with monkeypatch.context() as patch:
+        steps.clear()
+        patch.setattr(
+            TrainingJob,
+            "finish_step",
+            lambda self, step, *, loss: (steps.append(step), finish_step(self, step, loss=loss))[1],
+        )
+        assert lorasrv("train", config, "--resume").code == 0
+    assert set(steps) == {4, 5}
+    assert [_digests(tmp_path / name) for name in ("lora", "adalora")] == expected
+    assert not (tmp_path / "lora.checkpoints").exists()

@@ -23,10 +23,12 @@ class Example:
     Attributes:
         token_ids: what the model reads, BOS included where the model has one.
         supervised: one byte a token: 1 where the token is to be predicted from those before it. Never the first.
+        place: of its record, for messages.
     """
 
     token_ids: "array[int]"
     supervised: bytes
+    place: str
 
     @property
     def num_supervised(self) -> int:
@@ -100,7 +102,7 @@ def _encode(sample: Sample, tokenizer: Tokenizer) -> Example:
         supervised.append(1)
     if supervised:
         supervised[0] = 0
-    return Example(token_ids=array("i", token_ids), supervised=bytes(supervised))
+    return Example(token_ids=array("i", token_ids), supervised=bytes(supervised), place=sample.place)
 
 
 def _ends(token_ids: list[int], supervised: bytearray, tokenizer: Tokenizer) -> bool:
@@ -113,7 +115,7 @@ def _cut(example: Example, tokenizer: Tokenizer, *, sample: Sample, max_tokens: 
     """The first `max_tokens` tokens of a whole sample; of running text, windows that all begin as a text does."""
     ids, supervised = example.token_ids, example.supervised
     if sample.whole or len(ids) <= max_tokens:
-        yield Example(token_ids=ids[:max_tokens], supervised=supervised[:max_tokens])
+        yield Example(token_ids=ids[:max_tokens], supervised=supervised[:max_tokens], place=sample.place)
         return
     has_bos = tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id
     head, start = ids[:has_bos], int(has_bos)
@@ -121,4 +123,4 @@ def _cut(example: Example, tokenizer: Tokenizer, *, sample: Sample, max_tokens: 
     for first in range(start, len(ids), step):
         window = head + ids[first : first + step]
         marks = bytes(len(head)) + supervised[first : first + step]
-        yield Example(token_ids=window, supervised=b"\0" + marks[1:])
+        yield Example(token_ids=window, supervised=b"\0" + marks[1:], place=sample.place)

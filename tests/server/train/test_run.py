@@ -1,0 +1,157 @@
+"""A run: cut or whole, alone or together, interrupted or not, it ends with the same tensors."""
+
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lorasrv.errors import NonFiniteLossError
+from lorasrv.model.decoder import DecoderModel
+from lorasrv.train.checkpoint import CheckpointFolder
+from lorasrv.train.config import JobConfig
+from lorasrv.train.data.examples import Example
+from lorasrv.train.job import TrainingJob
+from lorasrv.train.network import TrainableModel
+from lorasrv.train.run import StepReport, TrainingRun
+
+STEPS = 6
+
+
+def new_examples(count: int = 9) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 25, (count,), generator=generator).tolist()
+    return [
+        Example(
+            token_ids=array("i", torch.randint(250, (length,), generator=generator).tolist()),
+            supervised=b"\0" + bytes(torch.randint(2, (length - 2,), generator=generator).tolist()) + b"\1",
+            place=f"data:{n}",
+        )
+        for n, length in enumerate(lengths)
+    ]
+
+
+def new_job(model: DecoderModel, *, name: str = "one", held_out: int = 2, **options: Any) -> TrainingJob:
+    values: dict[str, Any] = {"rank": 3, "batch_size": 4, "learning_rate": 1e-2, **options}
+    config = JobConfig(out=Path("/none"), data=(Path("/none"),), **values)
+    examples = new_examples()
+    return TrainingJob(
+        name,
+        config,
+        base=model.base,
+        base_name="base",
+        examples=examples,
+        held_out=examples[:held_out],
+        max_steps=STEPS,
+        seed=1,
+    )
+
+
+def train(
+    model: DecoderModel,
+    jobs: list[TrainingJob],
+    *,
+    steps: range = range(STEPS),
+    tokens: int = 200,
+    save: Callable[[int], None] = lambda _: None,
+) -> list[StepReport]:
+    reports: list[StepReport] = []
+    run = TrainingRun(TrainableModel(model, checkpoint_layers=False), jobs, micro_batch_tokens=tokens)
+    run.train(steps, eval_every=2, report=reports.append, save=save)
+    return reports
+
+
+def tensors_of(job: TrainingJob) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in job.adapter.parameters.tensors.items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_micro_batches_change_nothing_but_rounding(load_base: Callable[[], DecoderModel], method: str) -> None:
+    model = load_base()
+    whole, cut = (new_job(model, method=method) for _ in range(2))
+    first = train(model, [whole], steps=range(1))
+    second = train(model, [cut], steps=range(1), tokens=25)
+    assert first[0].jobs["one"].loss == pytest.approx(second[0].jobs["one"].loss, rel=1e-6)
+    assert first[0].jobs["one"].gradient_norm == pytest.approx(second[0].jobs["one"].gradient_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_an_interrupted_run_ends_bit_for_bit_as_another(
+    load_base: Callable[[], DecoderModel], tmp_path: Path, method: str
+) -> None:
+    model, options = load_base(), {"method": method, "dropout": 0.2, "allocate_every": 1}
+    whole = new_job(model, **options)
+    train(model, [whole])
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    stopped = new_job(model, **options)
+    train(model, [stopped], steps=range(STEPS), save=lambda step: folder.save(stopped.state(step)))
+    assert folder.steps() == [STEPS - 1, STEPS]
+    goes_on = new_job(model, **options)
+    goes_on.load_state(folder.load(STEPS - 1))
+    train(model, [goes_on], steps=range(STEPS - 1, STEPS))
+    expected, found = tensors_of(whole), tensors_of(goes_on)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert goes_on.best is not None
+    assert whole.best is not None
+    assert (goes_on.best.step, goes_on.best.loss) == (whole.best.step, whole.best.loss)
+    assert goes_on.ranks() == whole.ranks()
+
+
+def test_dropout_is_for_learning_alone(load_base: Callable[[], DecoderModel]) -> None:
+    model = load_base()
+    with_dropout, without = new_job(model, dropout=0.5), new_job(model)
+    run = TrainingRun(TrainableModel(model, checkpoint_layers=False), [with_dropout], micro_batch_tokens=200)
+    for job in (with_dropout, without):
+        for tensor in job.adapter.parameters.tensors.values():
+            tensor.data.fill_(0.01)
+    assert run.evaluate(with_dropout) == run.evaluate(without)
+    losses = [train(model, [job], steps=range(1))[0].jobs["one"].loss for job in (with_dropout, without)]
+    assert losses[0] != losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_examples(load_base: Callable[[], DecoderModel]) -> None:
+    model = load_base()
+    fine, broken = new_job(model, name="fine"), new_job(model, name="broken")
+    next(iter(broken.adapter.parameters.tensors.values())).data.fill_(float("inf"))
+    before = tensors_of(fine)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(model, [fine, broken])
+    assert (caught.value.step, caught.value.jobs) == (1, ("broken",))
+    assert all(place.startswith("data:") for place in caught.value.places)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(fine).items())
+
+
+def test_a_job_without_progress_stops_and_the_best_is_kept(load_base: Callable[[], DecoderModel]) -> None:
+    model = load_base()
+    # so large a rate makes everything worse
+    job, other = new_job(model, learning_rate=5.0, patience=1, clip=0.0), new_job(model, name="other")
+    reports = train(model, [job, other])
+    assert [sorted(report.jobs) for report in reports] == [["one", "other"]] * 4 + [["other"]] * 2
+    assert job.best is not None
+    assert job.best.step == 2
+    last = tensors_of(job)
+    job.take_best()
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in tensors_of(job).items())
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
+    load_base: Callable[[], DecoderModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_base()
+    expected = train(model, [new_job(model)], steps=range(1))
+    losses = TrainableModel.losses
+
+    def limited(self: TrainableModel, batch: Any, adapters: Any) -> torch.Tensor:
+        if len(batch.token_ids) > 40:
+            raise torch.OutOfMemoryError
+        return losses(self, batch, adapters)
+
+    monkeypatch.setattr(TrainableModel, "losses", limited)
+    job = new_job(model, held_out=0)
+    found = train(model, [job], steps=range(1))
+    assert found[0].jobs["one"].gradient_norm == pytest.approx(expected[0].jobs["one"].gradient_norm, rel=1e-6)
+    assert "tokens at a time" in caplog.text
+    monkeypatch.setattr(TrainableModel, "losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, [job], steps=range(1))
