@@ -35,6 +35,7 @@ class CheckpointLoader:
         roots: Folders below which adapters may lie.
         hub: The Hub and what is allowed from it; None: nothing is.
         limits: What a weights file may ask for.
+        pins: Whether images lie in page-locked memory, for a device that is a GPU.
     """
 
     base: BaseModel
@@ -44,6 +45,7 @@ class CheckpointLoader:
     roots: Sequence[Path]
     hub: "HubSource | None" = None
     limits: WeightLimits = DEFAULT_LIMITS
+    pins: bool = False
 
     def load(self, source: str) -> LoadedAdapter:
         """Find, read, check and pack an adapter; blocks; any thread.
@@ -78,7 +80,7 @@ class CheckpointLoader:
             kind=adapter.kind,
             ranks=RankSummary(min=min(ranks), max=max(ranks), sum=sum(ranks)),
             num_modules=len(adapter.modules),
-            image=image,
+            image=image.pinned() if self.pins else image,
         )
 
     def _check_ranks(self, adapter: NormalizedAdapter) -> None:

@@ -2,7 +2,8 @@
 
 Least recently used idle adapters make room; one in use never goes. Where the room there is lies in pieces, the adapters
 are pushed together, which only `acquire` does, and so never while a step reads them. It knows images and offsets, no
-requests. Everything here runs on the engine thread, which alone owns the device; there is no lock.
+requests. Everything here runs on the engine thread, which alone owns the device; there is no lock. A step that was
+launched before reads what was there before, because copies queue up behind it on the thread's own stream.
 Letters: S slots, M modules of the base, N elements of the arena.
 """
 
@@ -162,7 +163,7 @@ class AdapterSlots:
         if resident.offset is not None:
             if resident.offset % ALIGN_ELEMENTS:
                 raise ValueError(f"offset {resident.offset} is not a multiple of {ALIGN_ELEMENTS} elements")
-            self._arena[resident.offset : resident.offset + image.num_elements].copy_(image.flat)
+            self._arena[resident.offset : resident.offset + image.num_elements].copy_(image.flat, non_blocking=True)
             rows = _moved(image.table, resident.offset)
         self._table[resident.slot].copy_(rows)
 

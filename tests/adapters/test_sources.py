@@ -101,6 +101,25 @@ def test_the_loader_brings_an_image(tmp_path: Path, base, lora_config, lora_tens
     assert loaded.image.table[:, 3].tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("pins", [False, True])
+def test_images_for_a_gpu_lie_in_pinned_memory(
+    pins: bool, tmp_path: Path, base, lora_config, lora_tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    # the real one needs CUDA
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    write_checkpoint(tmp_path / "a", lora_config, lora_tensors)
+    options = {"dtype": torch.float32, "max_rank": 4, "max_bytes": 1 << 20, "roots": [tmp_path], "pins": pins}
+    image = CheckpointLoader(base=base, **options).load("a").image
+    assert [tensor is image.flat for tensor in pinned] == [True] * pins
+    assert image.table[0, 3] == 4
+
+
 def test_the_loader_refuses_ranks_beyond_the_scratch(tmp_path: Path, base, lora_config, lora_tensors) -> None:
     write_checkpoint(tmp_path / "a", lora_config, lora_tensors)
     loader = CheckpointLoader(base=base, dtype=torch.float32, max_rank=3, max_bytes=1 << 20, roots=[tmp_path])

@@ -179,6 +179,7 @@ def _loader(config: ServeConfig, model: DecoderModel, memory: DeviceMemory) -> C
         max_bytes=memory.adapter_bytes,
         roots=config.allowed_roots,
         hub=hub if hub.allowed else None,
+        pins=model.device.type == "cuda",
     )
 
 

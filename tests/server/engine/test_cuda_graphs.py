@@ -30,6 +30,8 @@ def model(request: pytest.FixtureRequest) -> Iterator[DecoderModel]:
 
 def test_replays_follow_loads_evictions_moves_and_preemption(model: DecoderModel) -> None:
     leases = [random_adapter(model, rank, seed=rank, with_scale=rank % 2 == 0) for rank in (3, 16, 2, 9, 14, 12)]
+    for lease in leases:
+        lease.image = lease.image.pinned()
     pool = torch.cuda.graph_pool_handle()
     served = serve(
         model,
