@@ -58,7 +58,7 @@ class BaseModel(Protocol):
         """What identifies the weights as served: 64 hexadecimal digits."""
 
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of a weight as served (dequantized): a new [stop - start, width], fp32, CPU.
+        """Return rows of a weight as served (dequantized): a new [stop - start, width], fp32, where the base is.
 
         Rows of an embedding are those of tokens; a norm has no rows.
         """

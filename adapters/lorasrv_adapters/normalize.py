@@ -203,10 +203,12 @@ def _norms(name: str, plan: ModulePlan, a: Tensor, b: Tensor, base: BaseModel) -
     for start in range(0, num_rows, chunk_rows):
         stop = min(start + chunk_rows, num_rows)
         weight = base.weight_rows(name, start, stop)
+        # to where the base is; done once
+        a, b = a.to(weight), b.to(weight)
         if over_tokens:
             adapted = torch.addmm(weight, a[:, start:stop].T, b.T)
-            squares += torch.linalg.vector_norm(adapted, dim=0).double().square()
+            squares += torch.linalg.vector_norm(adapted, dim=0).double().square().cpu()
         else:
             adapted = torch.addmm(weight, b[start:stop], a)
-            squares[start:stop] = torch.linalg.vector_norm(adapted, dim=1).double().square()
+            squares[start:stop] = torch.linalg.vector_norm(adapted, dim=1).double().square().cpu()
     return squares.sqrt().float()

@@ -150,7 +150,7 @@ def _is_base_weight(tensor: Tensor, name: str, plan: ModulePlan, base: BaseModel
     return all(
         torch.equal(
             tensor[start : start + step].to(base.dtype).float(),
-            base.weight_rows(name, start, min(start + step, num_rows)),
+            base.weight_rows(name, start, min(start + step, num_rows)).cpu(),
         )
         for start in range(0, num_rows, step)
     )

@@ -4,6 +4,7 @@ Looks at the machine when asked, never at import. Knows the model's sizes; knows
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from lorasrv_kernels.cpu.isa import force_isa
@@ -34,6 +35,18 @@ def choose_cpu_isa(name: str) -> None:
 def resolve_exact(name: str, device: torch.device) -> bool:
     """Returns whether neighbours may not change a bit, for "auto", "on" or "off"."""
     return device.type == "cpu" if name == "auto" else name == "on"
+
+
+def beside_steps(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, the calling thread and the steps do not wait for what the other asks of a GPU.
+
+    For work that changes nothing that steps read. On a CPU nothing happens.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    # another stream may begin before the base is there
+    torch.cuda.synchronize(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def default_adapter_bytes(model: DecoderModel, *, max_rank: int) -> int:

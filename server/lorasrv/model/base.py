@@ -44,6 +44,8 @@ class ServedBase:
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a module's weight as it is served, rounded to the model's dtype: a new [stop - start, I] float32.
 
+        They are on the model's device.
+
         Raises:
             KeyError: there is no such module.
         """

@@ -4,6 +4,7 @@ Knows how they depend on the configuration and on each other; touches no tensor,
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lorasrv import __version__
 from lorasrv.config import HUB_PREFIX, ServeConfig
 from lorasrv.embedded import embedded_base
 from lorasrv.engine.decode_graphs import cuda_graphs
-from lorasrv.engine.device import choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_exact
+from lorasrv.engine.device import beside_steps, choose_cpu_isa, default_adapter_bytes, default_kv_bytes, resolve_exact
 from lorasrv.engine.engine import Engine
 from lorasrv.engine.kv_cache import BlockAllocator
 from lorasrv.engine.memory import DeviceMemory
@@ -86,9 +87,7 @@ class Backend:
         memory = _memory(config, model, metrics)
         # the digest first, so that no load has to find it out anew
         facts = _facts(config, model, memory, folder=folder)
-        registry = AdapterRegistry(
-            _beside_the_engine(_loader(config, model, memory), device.type), cache, observer=metrics
-        )
+        registry = AdapterRegistry(_beside_the_engine(_loader(config, model, memory), model), cache, observer=metrics)
         for adapter_id, source in config.adapters:
             registry.load(adapter_id, _source(source))
         return cls(
@@ -147,22 +146,27 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class _OwnThreadLoader:
-    """Loads adapters without leaving OpenMP workers in the threads that ask for them."""
+    """Loads adapters without leaving OpenMP workers in the threads that ask for them, and beside a GPU's steps."""
 
     loader: CheckpointLoader
+    beside: Callable[[], AbstractContextManager[object]]
 
     def load(self, source: str) -> LoadedAdapter:
         return self.read(self.loader.locate(source))
 
     def read(self, folder: Path) -> LoadedAdapter:
-        return in_own_thread(lambda: self.loader.read(folder))
+        return in_own_thread(lambda: self._read(folder))
+
+    def _read(self, folder: Path) -> LoadedAdapter:
+        with self.beside():
+            return self.loader.read(folder)
 
 
-def _beside_the_engine(loader: CheckpointLoader, device_kind: str) -> AdapterLoader:
+def _beside_the_engine(loader: CheckpointLoader, model: DecoderModel) -> AdapterLoader:
     """A loader that takes as little from the engine as it can: on a CPU none of its cores."""
-    beside = _OwnThreadLoader(loader)
+    beside = _OwnThreadLoader(loader, lambda: beside_steps(model.device))
     # a process could not read a base that lies on another device
-    return LoaderProcess(loader.locate, beside.read) if device_kind == "cpu" else beside
+    return LoaderProcess(loader.locate, beside.read) if model.device.type == "cpu" else beside
 
 
 def _base_folder(config: ServeConfig) -> Path:

@@ -1,10 +1,11 @@
 """What a server is told about the machine, and what that means here."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
-from lorasrv.engine.device import choose_cpu_isa, resolve_exact
+from lorasrv.engine.device import beside_steps, choose_cpu_isa, resolve_exact
 from lorasrv.errors import ConfigError
 from lorasrv.model.device import resolve_device
 from lorasrv_kernels.cpu.isa import Isa, force_isa, forced_isa
@@ -45,3 +46,14 @@ def test_cuda_without_a_cuda_device_is_a_config_error(monkeypatch: pytest.Monkey
 )
 def test_exactness_is_the_rule_on_a_cpu_alone(name: str, device: str, expected: bool) -> None:
     assert resolve_exact(name, torch.device(device)) is expected
+
+
+def test_what_runs_beside_steps_has_a_stream_of_its_own_once_the_base_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("torch.cuda.synchronize", calls.append)
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: f"new stream on {device}")
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: calls.append(stream) or nullcontext())
+    with beside_steps(torch.device("cuda:0")):
+        assert calls == [torch.device("cuda:0"), "new stream on cuda:0"]
+    with beside_steps(torch.device("cpu")):
+        assert len(calls) == 2
