@@ -14,6 +14,7 @@ from lorasrv_kernels.cpu import decoder as native_decoder
 from lorasrv_kernels.cpu import isa, library
 from lorasrv_kernels.dense import native as dense_native
 from lorasrv_kernels.lora import native as lora_native
+from lorasrv_kernels.lora.training import native as lora_training_native
 from lorasrv_kernels.nf4 import native as nf4_native
 from lorasrv_kernels.rowwise import native as rowwise_native
 from lorasrv_kernels.workspace import Workspace
@@ -72,7 +73,7 @@ def triton_device() -> torch.device:
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a compiler."""
     one = (native_decoder._function, dense_native._function, lora_native._function, nf4_native._function)
-    functions = (*one, attention_native._functions, rowwise_native._functions)
+    functions = (*one, lora_training_native._function, attention_native._functions, rowwise_native._functions)
     monkeypatch.setattr(library, "PATH", Path("no-such-library.so"))
     for cached in (library.load, isa.widest_isa, *functions):
         cached.cache_clear()
