@@ -33,11 +33,12 @@ REQUIRED = {
     "huggingface_hub": "huggingface-hub",
     "yaml": "PyYAML",
     "jinja2": "jinja2",
+    "bitsandbytes": "bitsandbytes",
     "rich": "rich",
 }
 """Modules that serving imports, and the packages that have them."""
 
-OPTIONAL = ("triton", "bitsandbytes", "peft", "transformers")
+OPTIONAL = ("triton", "peft", "transformers")
 
 NATIVE_FUNCTIONS = {
     "nf4 linear": ("lorasrv_nf4_linear", "lorasrv_linear_scratch"),

@@ -14,6 +14,7 @@ from lorasrv.settings import choice, folder, integer, number, setting, switch, t
 Method = Literal["lora", "rslora", "dora", "adalora"]
 Initialization = Literal["default", "gaussian"]
 Schedule = Literal["constant", "linear", "cosine"]
+OptimizerName = Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 OverLong = Literal["drop", "truncate", "refuse"]
 
 
@@ -129,6 +130,12 @@ class JobConfig:
         metavar="constant|linear|cosine",
     )
     warmup: float = setting(0.03, number, "The part of all steps in which the learning rate rises.", metavar="F")
+    optimizer: OptimizerName = setting(
+        "auto",
+        choice("auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+        "auto is paged_adamw on a GPU whose memory can be paged, else adamw.",
+        metavar="auto|adamw|adamw_8bit|paged_adamw|paged_adamw_8bit",
+    )
     weight_decay: float = setting(0.0, number, "Decoupled weight decay.", metavar="W")
     beta1: float = setting(0.9, number, "Adam's average of gradients.", metavar="B")
     beta2: float = setting(0.999, number, "Adam's average of squared gradients.", metavar="B")

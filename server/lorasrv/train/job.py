@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.checkpoint import write_checkpoint
 from torch import Tensor
@@ -18,6 +17,7 @@ from lorasrv.train.checkpoint import Checkpoint
 from lorasrv.train.config import JobConfig
 from lorasrv.train.data.examples import Example
 from lorasrv.train.data.order import ExampleOrder
+from lorasrv.train.optimizer import FlatOptimizer
 from lorasrv.train.schedule import learning_rate_factor
 
 
@@ -105,20 +105,15 @@ class TrainingJob:
         """Takes the gradients of step `step`, counted from 0, into the tensors, and clears them."""
         norm = self.adapter.parameters.gradient_norm()
         if self.config.clip:
-            factor = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+            clipping = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
             for buffer in self.adapter.parameters.buffers.values():
                 assert buffer.grad is not None
-                buffer.grad.mul_(factor)
-        factor_now = learning_rate_factor(
-            self.config.schedule, step, max_steps=self._max_steps, warmup=self.config.warmup
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor_now
-        self._optimizer.step()
+                buffer.grad.mul_(clipping)
+        factor = learning_rate_factor(self.config.schedule, step, max_steps=self._max_steps, warmup=self.config.warmup)
+        rate = self._optimizer.step(factor)
         if self._allocator is not None:
             self._allocator.update(step + 1)
         self.adapter.parameters.clear_gradients()
-        rate = max(group["lr"] for group in self._optimizer.param_groups)
         return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm))
 
     def observe(self, step: int, held_out_loss: float) -> None:
@@ -151,9 +146,9 @@ class TrainingJob:
         tensors: dict[str, Tensor] = {}
         for role, buffer in self.adapter.parameters.buffers.items():
             tensors[f"parameters/{role}"] = buffer.detach()
-            tensors |= {f"optimizer/{role}/{key}": value for key, value in self._optimizer.state[buffer].items()}
             if self.best is not None:
                 tensors[f"best/{role}"] = self.best.buffers[role]
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self._optimizer.state().items()}
         if self._allocator is not None:
             tensors |= {f"allocator/{key}": value for key, value in self._allocator.state().items()}
         facts = {
@@ -167,12 +162,9 @@ class TrainingJob:
         tensors, best = checkpoint.tensors, checkpoint.facts["best"]
         for role, buffer in self.adapter.parameters.buffers.items():
             buffer.data.copy_(tensors[f"parameters/{role}"])
-            prefix = f"optimizer/{role}/"
-            moments = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            self._optimizer.state[buffer] = moments
+        self._optimizer.load_state(_below("optimizer/", tensors))
         if self._allocator is not None:
-            prefix = "allocator/"
-            self._allocator.load_state({name.removeprefix(prefix): tensors[name] for name in tensors})
+            self._allocator.load_state(_below("allocator/", tensors))
         if best is not None:
             buffers = {role: tensors[f"best/{role}"] for role in self.adapter.parameters.buffers}
             self.best = Best(step=best["step"], loss=best["loss"], buffers=buffers)
@@ -189,6 +181,10 @@ class TrainingJob:
         config, tensors = self.adapter.checkpoint(self._allocator.masks if self._allocator is not None else {})
         write_checkpoint(self.config.out, config, tensors, provenance=provenance)
         return self.config.out
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def adapter_config(job: JobConfig, *, base_name: str, max_steps: int) -> dict[str, object]:
@@ -226,12 +222,15 @@ def adapter_config(job: JobConfig, *, base_name: str, max_steps: int) -> dict[st
     }
 
 
-def _optimizer(adapter: TrainableAdapter, job: JobConfig) -> torch.optim.Optimizer:
-    groups = []
-    for role, buffer in adapter.parameters.buffers.items():
-        rate = job.learning_rate * (job.lora_plus_ratio if role == "b" else 1.0)
-        groups.append({"params": [buffer], "lr": rate, "peak_lr": rate})
-    return torch.optim.AdamW(groups, betas=(job.beta1, job.beta2), weight_decay=job.weight_decay, fused=True)
+def _optimizer(adapter: TrainableAdapter, job: JobConfig) -> FlatOptimizer:
+    buffers = adapter.parameters.buffers
+    return FlatOptimizer(
+        buffers,
+        {role: job.learning_rate * (job.lora_plus_ratio if role == "b" else 1.0) for role in buffers},
+        name=job.optimizer,
+        betas=(job.beta1, job.beta2),
+        weight_decay=job.weight_decay,
+    )
 
 
 def _allocator(adapter: TrainableAdapter, job: JobConfig, *, max_steps: int) -> RankAllocator | None:

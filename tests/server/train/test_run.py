@@ -76,11 +76,13 @@ def test_micro_batches_change_nothing_but_rounding(load_base: Callable[[], Decod
     assert first[0].jobs["one"].gradient_norm == pytest.approx(second[0].jobs["one"].gradient_norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("lora", "adamw"), ("lora", "adamw_8bit"), ("dora", "paged_adamw"), ("adalora", "auto")]
+)
 def test_an_interrupted_run_ends_bit_for_bit_as_another(
-    load_base: Callable[[], DecoderModel], tmp_path: Path, method: str
+    load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, optimizer: str
 ) -> None:
-    model, options = load_base(), {"method": method, "dropout": 0.2, "allocate_every": 1}
+    model, options = load_base(), {"method": method, "optimizer": optimizer, "dropout": 0.2, "allocate_every": 1}
     whole = new_job(model, **options)
     train(model, [whole])
     folder = CheckpointFolder(tmp_path / "checkpoints")
