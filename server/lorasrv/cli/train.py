@@ -9,6 +9,7 @@ from lorasrv.cli.console import print_json, say
 from lorasrv.cli.environment import known_variables
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
+from lorasrv.cli.training_display import show_audits, training_display
 from lorasrv.errors import ConfigError
 from lorasrv.settings import settings_of
 from lorasrv.train.config import JobConfig, RunConfig, TrainConfig
@@ -29,6 +30,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="A YAML file whose keys are these flags.")
     add_flags(parser, RunConfig)
     add_flags(parser, JobConfig)
+    parser.add_argument(
+        "--audit",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=3,
+        help="Train nothing; show N samples (default 3) with what is learned marked, and how much there is.",
+    )
     parser.add_argument("--json", action="store_true", help="Write the outcome as JSON.")
     parser.set_defaults(run=run)
 
@@ -37,9 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, and report where the adapters are."""
     config = train_config(vars(arguments), os.environ)
     # torch comes with this
-    from lorasrv.cli.training_display import training_display
-    from lorasrv.train.app import train
+    from lorasrv.train.app import audit_data, train
 
+    if arguments.audit is not None:
+        show_audits(audit_data(config, num_samples=arguments.audit), as_json=arguments.json)
+        return ExitCode.OK
     with training_display(config) as report:
         outcomes = train(config, report=report)
     if arguments.json:

@@ -1,18 +1,21 @@
-"""What a person sees of a training run: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+"""What a person sees of a training run: a bar on a terminal, a line now and then elsewhere; audits on stdout."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from lorasrv.cli.console import say
+from lorasrv.cli.console import print_json, say
 from lorasrv.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from lorasrv.train.audit import Audit, AuditedExample
     from lorasrv.train.run import StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -45,6 +48,45 @@ def training_display(config: TrainConfig) -> Iterator[Callable[["StepReport"], N
             say(f"step {report.step}/{max_steps}: {_describe(report)}{held_out}")
 
     yield show_line
+
+
+def show_audits(audits: Mapping[str, "Audit"], *, as_json: bool) -> None:
+    """Write what would be learned: in colour on a terminal, between double brackets elsewhere."""
+    if as_json:
+        print_json({name: asdict(audit) for name, audit in audits.items()})
+        return
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for name, audit in audits.items():
+        for sample in audit.samples:
+            learned = sum(on for _, on in sample.pieces)
+            console.print(
+                f"-- {name}, {sample.place}: {sample.num_tokens} tokens, {learned} learned parts", style="dim"
+            )
+            console.print(_marked(sample, in_colour=console.is_terminal))
+        say(f"{name}: {_counts(audit)}")
+
+
+def _marked(sample: "AuditedExample", *, in_colour: bool) -> Text:
+    text = Text()
+    for piece, learned in sample.pieces:
+        if in_colour:
+            text.append(piece, style="bold green" if learned else "dim")
+        else:
+            text.append(f"[[{piece}]]" if learned else piece)
+    return text
+
+
+def _counts(audit: "Audit") -> str:
+    tally = audit.tally
+    lost = {"dropped": tally.dropped, "truncated": tally.truncated, "without anything to learn": tally.unsupervised}
+    parts = [
+        f"{tally.samples} samples, {tally.examples} examples of up to {audit.longest} tokens",
+        f"{tally.supervised_tokens} of {tally.tokens} tokens learned",
+        f"{audit.held_out} examples held out",
+        f"{audit.steps_per_epoch:.1f} steps an epoch",
+        *(f"{count} {what}" for what, count in lost.items() if count),
+    ]
+    return "; ".join(parts)
 
 
 def _describe(report: "StepReport") -> str:

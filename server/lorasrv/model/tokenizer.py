@@ -80,6 +80,10 @@ class Tokenizer:
             return b""
         return self._byte_level_bytes(piece) if self._byte_level else _sentencepiece_bytes(piece)
 
+    def token_name(self, token_id: int) -> bytes:
+        """How the vocabulary spells a token, special ones too, in UTF-8; empty for unknown ids."""
+        return (self._tokenizer.id_to_token(token_id) or "").encode()
+
     def _byte_level_bytes(self, piece: str) -> bytes:
         values = [self._byte_of_character.get(character) for character in piece]
         return piece.encode() if None in values else bytes(value for value in values if value is not None)

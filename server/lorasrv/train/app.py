@@ -15,11 +15,13 @@ from lorasrv_adapters.provenance import BASE_DIGEST_KEY
 from lorasrv import __version__
 from lorasrv.embedded import embedded_base, embedded_base_name
 from lorasrv.errors import ConfigError, TrainingDataError
+from lorasrv.model.config import read_model_config
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.device import resolve_device, resolve_dtype
 from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
+from lorasrv.train.audit import Audit, audit
 from lorasrv.train.checkpoint import RunCheckpoints, checkpoint_folder
 from lorasrv.train.config import JobConfig, TrainConfig
 from lorasrv.train.data.conversation import ChatTemplate
@@ -80,10 +82,9 @@ def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[
     _check_folders(config)
     run = config.run
     device = resolve_device(run.device)
-    folder = embedded_base() if run.base is None else model_folder(run.base)
+    folder = _base_folder(config)
     model = load_model(folder, dtype=resolve_dtype(run.dtype, device), device=device, quantize=run.quantize)
-    max_tokens = min(run.max_tokens or _LONGEST_BY_DEFAULT, model.max_positions, run.micro_batch_tokens)
-    data = _read_all(config, folder, max_tokens=max_tokens)
+    data = _read_all(config, folder, max_tokens=_max_tokens(config, model.max_positions))
     base_name = embedded_base_name() if run.base is None else run.base
     jobs = [_new_job(name, config, data[name], model=model, base_name=base_name) for name in config.jobs]
     training = TrainingRun(
@@ -113,6 +114,37 @@ def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[
         )
     checkpoints.remove()
     return outcomes
+
+
+def audit_data(config: TrainConfig, *, num_samples: int) -> dict[str, Audit]:
+    """What every job of a run would learn; reads data and tokenizer, and no weight.
+
+    Raises:
+        ModelLoadError: the base cannot be used.
+        TrainingDataError: the data cannot; lists what is wrong in every job.
+    """
+    folder = _base_folder(config)
+    tokenizer, model = Tokenizer(folder), read_model_config(folder)
+    data = _read_all(config, folder, max_tokens=_max_tokens(config, model.max_position_embeddings))
+    return {
+        name: audit(
+            found.examples,
+            found.held_out,
+            found.tally,
+            tokenizer,
+            batch_size=config.jobs[name].batch_size,
+            num_samples=num_samples,
+        )
+        for name, found in data.items()
+    }
+
+
+def _base_folder(config: TrainConfig) -> Path:
+    return embedded_base() if config.run.base is None else model_folder(config.run.base)
+
+
+def _max_tokens(config: TrainConfig, max_positions: int) -> int:
+    return min(config.run.max_tokens or _LONGEST_BY_DEFAULT, max_positions, config.run.micro_batch_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

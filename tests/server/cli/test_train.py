@@ -168,3 +168,21 @@ def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path
     assert set(steps) == {4, 5}
     assert [_digests(tmp_path / name) for name in ("lora", "adalora")] == expected
     assert not (tmp_path / "lora.checkpoints").exists()
+
+
+def test_an_audit_marks_what_is_learned_and_trains_nothing(lorasrv, base, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"Question {n}?", "completion": f" Answer {n}."} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    end = lorasrv("train", *flags_of(base, data), "--out", tmp_path / "adapter", "--audit", 2)
+    assert end.code == 0, end.err
+    lines = end.out.splitlines()
+    assert lines[0].startswith("-- adapter, data.jsonl:1: ")
+    assert [line for line in lines if "[[" in line] == [
+        "Question 0?[[ Answer 0.</s>]]",
+        "Question 2?[[ Answer 2.</s>]]",
+    ]
+    assert "adapter: 4 samples, 4 examples of up to" in end.err
+    assert not (tmp_path / "adapter").exists()
+    as_json = lorasrv("train", *flags_of(base, data), "--out", tmp_path / "adapter", "--audit", "--json")
+    assert as_json.json["adapter"]["samples"][0]["pieces"] == [["Question 0?", False], [" Answer 0.</s>", True]]
