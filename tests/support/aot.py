@@ -51,6 +51,16 @@ class Compiled:
     """Instructions that load from or store to local memory."""
     sass: str
 
+    def loop(self, containing: str) -> list[str]:
+        """The instructions of the shortest loop that contains an instruction."""
+        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", self.sass)]
+        loops = []
+        for end, text in lines:
+            branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            if branch and (start := int(branch[1], 16)) < end:
+                loops.append([re.sub(r"^@\S+ ", "", body) for at, body in lines if start <= at <= end])
+        return min((body for body in loops if any(containing in line for line in body)), key=len)
+
     def check(self, capability: int) -> None:
         """Fails unless the kernel fits the device, and keeps everything in registers."""
         assert self.spills == 0

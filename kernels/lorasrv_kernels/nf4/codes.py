@@ -15,7 +15,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """Scales that share one nested scale."""
 
-_LEVELS = (
+LEVELS = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -33,6 +33,8 @@ _LEVELS = (
     0.7229568362236023,
     1.0,
 )
+"""The weights of the 16 codes, ascending."""
+
 _EXPONENTS = 7
 _GRID_STEPS = 65535
 
@@ -41,7 +43,7 @@ _GRID_STEPS = 65535
 def levels(device: torch.device) -> Tensor:
     """The weights of the 16 codes, ascending: [16] float32."""
     with torch.inference_mode(mode=False):
-        return torch.tensor(_LEVELS, dtype=torch.float32, device=device)
+        return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
 @functools.cache
