@@ -1,8 +1,11 @@
-"""Contract of the row-wise ops: schemas, checks, the default implementation and that for CPU."""
+"""Contract of the row-wise ops: schemas, checks, the default implementation and those for CUDA and CPU."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorasrv_kernels import triton_modules
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.rowwise import native, reference
 
@@ -51,6 +54,31 @@ def _norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return reference.rms_norm(x, weight, epsilon)
 
 
+def _kernels() -> Any:
+    """The Triton kernels, or the reference where there is no Triton."""
+    return triton_modules.load("lorasrv_kernels.rowwise.triton_kernels") or reference
+
+
+def _norm_cuda(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    check_norm(x, weight, epsilon)
+    with torch.cuda.device_of(x):
+        result: Tensor = _kernels().rms_norm(x, weight, epsilon)
+    return result
+
+
+def _rotate_cuda(heads: Tensor, angles: Tensor) -> None:
+    check_rotate(heads, angles)
+    with torch.cuda.device_of(heads):
+        _kernels().rotate_(heads, angles)
+
+
+def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
+    check_silu_mul(gate, up)
+    with torch.cuda.device_of(gate):
+        result: Tensor = _kernels().silu_mul(gate, up)
+    return result
+
+
 def _norm_cpu(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     out = check_norm(x, weight, epsilon)
     return out if native.rms_norm_(x, weight, epsilon, out) else reference.rms_norm(x, weight, epsilon)
@@ -79,11 +107,14 @@ def _silu_mul_cpu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 _library.impl("rms_norm", _norm, "CompositeExplicitAutograd")
+_library.impl("rms_norm", _norm_cuda, "CUDA")
 _library.impl("rms_norm", _norm_cpu, "CPU")
 _library.impl("rms_norm", check_norm, "Meta")
 _library.impl("rotate_", _rotate, "CompositeExplicitAutograd")
+_library.impl("rotate_", _rotate_cuda, "CUDA")
 _library.impl("rotate_", _rotate_cpu, "CPU")
 _library.impl("rotate_", check_rotate, "Meta")
 _library.impl("silu_mul", _silu_mul, "CompositeExplicitAutograd")
+_library.impl("silu_mul", _silu_mul_cuda, "CUDA")
 _library.impl("silu_mul", _silu_mul_cpu, "CPU")
 _library.impl("silu_mul", check_silu_mul, "Meta")
