@@ -64,6 +64,11 @@ class AdaptedLinear:
             y += self._bias
         return y
 
+    @property
+    def fused_bias(self) -> Tensor | None:
+        """[sum of out_features], zeros for a module without one; None where no module has one."""
+        return self._bias
+
     def projection(self) -> Projection | None:
         """The group as one product; None where its weights are of several kinds."""
         if len(self._parts) != 1:

@@ -1,12 +1,11 @@
 """One adapter while it is trained: which tensors it has, what they mean to the layers, and the folder they become.
 
-Methods end here: the layers see `Factors`, the formula of every method. Knows PEFT's config and names through
+Methods end here: the layers see `LowRank`, the formula of every method. Knows PEFT's config and names through
 `lorasrv_adapters`; knows no data and no optimizer. Letters: R rank, I in-features, O out-features.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +14,7 @@ from lorasrv_adapters.config import parse_adapter_config
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.naming import PREFIX
 from lorasrv_adapters.plan import ModulePlan, make_plan
+from lorasrv_kernels.lora.training import LowRank
 from torch import Tensor
 
 from lorasrv.train.budget import Triplets
@@ -27,23 +27,6 @@ _ENDINGS: Mapping[str, Mapping[str, str]] = {
     "dora": {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
     "adalora": {"a": ".lora_A", "b": ".lora_B", "e": ".lora_E"},
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
-    """An adapter in one linear layer: y = d * (W x + scale * B A x) + bias.
-
-    Attributes:
-        a: [R, I] float32.
-        b: [O, R] float32.
-        scale: of the low-rank product.
-        d: [O] float32, or None for ones.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    d: Tensor | None = None
 
 
 class FrozenLinear(Protocol):
@@ -89,8 +72,10 @@ class TrainableAdapter:
             for role in self._endings
         }
         self.parameters = FlatParameters(named)
+        # detached, and the same for every micro-batch of a step
+        self._norms: dict[str, Tensor] = {}
 
-    def factors(self, module: str, linear: FrozenLinear) -> Factors | None:
+    def low_rank(self, module: str, linear: FrozenLinear) -> LowRank | None:
         """What the adapter does in a module; None where it does nothing."""
         plan = self.plans.get(module)
         if plan is None or plan.rank is None:
@@ -98,11 +83,16 @@ class TrainableAdapter:
         scale = self._parsed.scale(plan.rank, plan.alpha)
         a, b = self._tensor(module, "a"), self._tensor(module, "b")
         if self._parsed.kind == "adalora":
-            return Factors(a=a * self._tensor(module, "e"), b=b, scale=scale)
+            return LowRank(a=a, b=b * self._tensor(module, "e").T, scale=scale)
         if self._parsed.kind == "dora":
-            norm = dora_norm(a.detach(), b.detach(), scale=scale, linear=linear)
-            return Factors(a=a, b=b, scale=scale, d=self._tensor(module, "magnitude") / norm)
-        return Factors(a=a, b=b, scale=scale)
+            if module not in self._norms:
+                self._norms[module] = dora_norm(a.detach(), b.detach(), scale=scale, linear=linear)
+            return LowRank(a=a, b=b, scale=scale, d=self._tensor(module, "magnitude") / self._norms[module])
+        return LowRank(a=a, b=b, scale=scale)
+
+    def changed(self) -> None:
+        """To be called after the tensors took other values: what was computed from them is forgotten."""
+        self._norms.clear()
 
     def triplets(self) -> dict[str, Triplets]:
         """By module, AdaLoRA's factors; empty for other methods."""

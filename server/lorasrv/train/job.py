@@ -113,6 +113,7 @@ class TrainingJob:
         rate = self._optimizer.step(factor)
         if self._allocator is not None:
             self._allocator.update(step + 1)
+        self.adapter.changed()
         self.adapter.parameters.clear_gradients()
         return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm))
 
@@ -140,6 +141,7 @@ class TrainingJob:
         if self.best is not None:
             for role, buffer in self.adapter.parameters.buffers.items():
                 buffer.data.copy_(self.best.buffers[role])
+            self.adapter.changed()
 
     def state(self, step: int) -> Checkpoint:
         """Everything that `step` steps have changed."""
@@ -162,6 +164,7 @@ class TrainingJob:
         tensors, best = checkpoint.tensors, checkpoint.facts["best"]
         for role, buffer in self.adapter.parameters.buffers.items():
             buffer.data.copy_(tensors[f"parameters/{role}"])
+        self.adapter.changed()
         self._optimizer.load_state(_below("optimizer/", tensors))
         if self._allocator is not None:
             self._allocator.load_state(_below("allocator/", tensors))

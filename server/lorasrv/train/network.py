@@ -10,16 +10,17 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from lorasrv_kernels.lora.training import LowRank, lora_update
 from lorasrv_kernels.nf4 import NF4Weight, nf4_linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasrv.model.adapted_linear import Weight, weight_rows
+from lorasrv.model.adapted_linear import AdaptedLinear, Weight, weight_rows
 from lorasrv.model.config import ModelConfig
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.layers import RotaryTable
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
-from lorasrv.train.adapter import Factors, TrainableAdapter
+from lorasrv.train.adapter import TrainableAdapter
 from lorasrv.train.loss import token_losses
 
 _NORM_ROWS = 512
@@ -46,47 +47,18 @@ class TokenBatch:
     places: tuple[str, ...] = ()
 
 
-class TrainableLinear:
-    """One frozen linear layer, y = W x + bias, and its place for adapters."""
+class FrozenModule:
+    """One linear layer of the base, as an adapter's method may ask about it."""
 
-    def __init__(self, name: str, weight: Weight, bias: Tensor | None, *, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, weight: Weight, *, dtype: torch.dtype) -> None:
         self.name = name
         self._weight = weight
-        self._bias = bias
         self._dtype = dtype
-
-    def forward(self, x: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
-        """x: [T, I]. Returns [T, O], each adapter applied to its rows."""
-        y = self._product(x)
-        # evaluations, which take no gradient, drop nothing
-        drops = torch.is_grad_enabled()
-        found = [adapter.factors(self.name, self) for adapter in adapters]
-        if any(factors is not None for factors in found):
-            parts = []
-            for rows, inputs, factors, adapter in zip(
-                y.split(batch.segments), x.split(batch.segments), found, adapters, strict=True
-            ):
-                if factors is None:
-                    parts.append(rows)
-                    continue
-                dropped = F.dropout(inputs, adapter.dropout) if drops and adapter.dropout else inputs
-                update = F.linear(F.linear(dropped.float(), factors.a), factors.b) * factors.scale
-                parts.append(self._adapt(rows, dropped, update, factors, is_whole=dropped is inputs).to(y.dtype))
-            y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y if self._bias is None else y + self._bias
-
-    def _adapt(self, y: Tensor, dropped: Tensor, update: Tensor, factors: Factors, *, is_whole: bool) -> Tensor:
-        """d * (y + update); as in PEFT, what d adds to the base's output sees the dropped input. float32."""
-        if factors.d is None:
-            return y.float() + update
-        if is_whole:
-            return (y.float() + update) * factors.d
-        return y.float() + (factors.d - 1) * self._product(dropped).float() + factors.d * update
 
     @torch.no_grad()
     def project(self, rows: Tensor) -> Tensor:
         """rows: [R, I] float32. Returns rows W^T, [R, O] float32."""
-        return self._product(rows)
+        return _product(rows, self._weight)
 
     def squared_row_norms(self) -> Tensor:
         """[O] float32: |W|^2 of every row, W as it is served."""
@@ -99,10 +71,56 @@ class TrainableLinear:
         pieces = (weight_rows(self._weight, start, stop, dtype=self._dtype) for start, stop in bounds)
         return torch.cat([piece.square().sum(1) for piece in pieces])
 
+
+class TrainableGroup:
+    """Modules that share their input: one product with the frozen weights where these are alike, then the adapters."""
+
+    def __init__(self, names: Sequence[str], stored: Mapping[str, Weight], *, dtype: torch.dtype) -> None:
+        weights = [stored[f"{name}.weight"] for name in names]
+        biases = [_optional(stored, f"{name}.bias") for name in names]
+        group = AdaptedLinear(weights, first_module=0, biases=biases)
+        fused = group.projection()
+        self._parts = weights if fused is None else [fused.weight]
+        self._bias = group.fused_bias
+        self._out_features = group.out_features
+        self._modules = [FrozenModule(name, group.weight(place), dtype=dtype) for place, name in enumerate(names)]
+
+    def forward(self, x: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
+        """x: [T, I]. Returns [T, O], O over all modules, each adapter applied to its rows."""
+        updates = [[adapter.low_rank(module.name, module) for module in self._modules] for adapter in adapters]
+        y = self._adapt(x, batch, adapters, updates)
+        return y if self._bias is None else y + self._bias
+
+    def _adapt(
+        self,
+        x: Tensor,
+        batch: TokenBatch,
+        adapters: Sequence[TrainableAdapter],
+        updates: Sequence[Sequence[LowRank | None]],
+    ) -> Tensor:
+        def update(y: Tensor, inputs: Tensor) -> Tensor:
+            return lora_update(
+                y, inputs, segment_tokens=batch.segments, adapters=updates, out_features=self._out_features
+            )
+
+        y = self._product(x)
+        # evaluations, which take no gradient, drop nothing
+        if not (torch.is_grad_enabled() and any(adapter.dropout for adapter in adapters)):
+            return update(y, x)
+        segments = zip(x.split(batch.segments), adapters, strict=True)
+        dropped = torch.cat([F.dropout(rows, adapter.dropout) for rows, adapter in segments])
+        # as in PEFT, what DoRA adds to the base's output sees the dropped input, the base's output itself does not
+        scaled = [any(one is not None and one.d is not None for one in own) for own in updates]
+        if not any(scaled):
+            return update(y, dropped)
+        counts = torch.tensor(batch.segments, device=x.device)
+        chosen = torch.tensor(scaled, device=x.device).repeat_interleave(counts)[:, None]
+        again = torch.where(chosen, self._product(dropped), y)
+        return y - again + update(again, dropped)
+
     def _product(self, x: Tensor) -> Tensor:
-        if isinstance(self._weight, NF4Weight):
-            return nf4_linear(x, self._weight)
-        return F.linear(x, self._weight.to(x.dtype))
+        products = [_product(x, weight) for weight in self._parts]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 class TrainableLayer:
@@ -110,45 +128,31 @@ class TrainableLayer:
 
     def __init__(self, config: ModelConfig, stored: Mapping[str, Weight], *, layer: int, dtype: torch.dtype) -> None:
         prefix = layer_prefix(layer)
-        linears = [
-            TrainableLinear(
-                f"{prefix}.{module}",
-                stored[f"{prefix}.{module}.weight"],
-                _optional(stored, f"{prefix}.{module}.bias"),
-                dtype=dtype,
-            )
-            for module in MODULES
-        ]
-        self.linears = tuple(linears)
-        self._query, self._key, self._value, self._output, self._gate, self._up, self._down = linears
+        names = [f"{prefix}.{module}" for module in MODULES]
+        self._qkv, self._output, self._gate_up, self._down = (
+            TrainableGroup(part, stored, dtype=dtype) for part in (names[:3], names[3:4], names[4:6], names[6:])
+        )
         self._norms = [_wide(stored[f"{prefix}.{name}.weight"]) for name in NORMS]
         self._qk_norms = [_wide(stored[f"{prefix}.{name}.weight"]) for name in QK_NORMS] if config.qk_norm else None
         self._config = config
+        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._window = config.windows[layer]
 
     def forward(self, x: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """x: [T, I]; angles: [T, 1, D] float32. Returns [T, I]."""
         epsilon = self._config.rms_norm_eps
-        normed = rms_norm(x, self._norms[0], epsilon)
-        query, key, value = (
-            linear.forward(normed, batch, adapters).unflatten(1, (-1, self._config.head_size))
-            for linear in (self._query, self._key, self._value)
-        )
+        heads = self._qkv.forward(rms_norm(x, self._norms[0], epsilon), batch, adapters)
+        query, key, value = heads.unflatten(1, (-1, self._config.head_size)).split(self._heads, dim=1)
         if self._qk_norms is not None:
             query, key = rms_norm(query, self._qk_norms[0], epsilon), rms_norm(key, self._qk_norms[1], epsilon)
         attended = attend(rotate(query, angles), rotate(key, angles), value, batch.lengths, window=self._window)
         x = x + self._output.forward(attended.flatten(1), batch, adapters)
-        normed = rms_norm(x, self._norms[1], epsilon)
-        gate, up = self._gate.forward(normed, batch, adapters), self._up.forward(normed, batch, adapters)
+        gate, up = self._gate_up.forward(rms_norm(x, self._norms[1], epsilon), batch, adapters).chunk(2, dim=1)
         return x + self._down.forward(F.silu(gate) * up, batch, adapters)
 
 
 class TrainableModel:
-    """A loaded base, to be trained through.
-
-    Attributes:
-        linears: every adapted layer by its name.
-    """
+    """A loaded base, to be trained through."""
 
     def __init__(self, model: DecoderModel, *, checkpoint_layers: bool) -> None:
         """Keeps the model; with `checkpoint_layers` a layer's activations are computed again on the way back."""
@@ -220,6 +224,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *,
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    return nf4_linear(x, weight) if isinstance(weight, NF4Weight) else F.linear(x, weight.to(x.dtype))
 
 
 def _wide(weight: Weight) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lorasrv.model.decoder import DecoderModel
+from lorasrv.model.loader import load_model
 from lorasrv.train.adapter import TrainableAdapter
 from lorasrv.train.config import JobConfig
 from lorasrv.train.job import adapter_config
@@ -14,6 +15,7 @@ from lorasrv.train.network import TokenBatch, TrainableModel
 from lorasrv_adapters.checkpoint import write_checkpoint
 from peft import PeftModel
 from served_base import as_served
+from tiny_peft import save_base
 
 # PEFT asks transformers in the words of its version 4
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -25,7 +27,8 @@ LENGTHS = (7, 19, 1, 12)
 def new_adapter(model: DecoderModel, method: str, *, rank: int = 4, seed: int = 0, **options: Any) -> TrainableAdapter:
     """An adapter all of whose tensors are random, so that every gradient is there."""
     job = JobConfig(out=Path("/none"), data=(Path("/none"),), method=method, rank=rank, **options)
-    adapter = TrainableAdapter(adapter_config(job, base_name="base", max_steps=100), model.base, seed=seed)
+    config = adapter_config(job, base_name="base", max_steps=100)
+    adapter = TrainableAdapter(config, model.base, seed=seed, dropout=job.dropout)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in adapter.parameters.tensors.items():
         if "magnitude" in name:
@@ -57,7 +60,7 @@ def peft_gradients(
 ) -> tuple[float, Mapping[str, torch.Tensor]]:
     """What PEFT says of the same tensors, one sequence at a time."""
     write_checkpoint(path, *adapter.checkpoint({}))
-    oracle = PeftModel.from_pretrained(as_served(folder, model), path, is_trainable=True)
+    oracle = PeftModel.from_pretrained(as_served(folder, model), path, is_trainable=True).train()
     loss = torch.zeros(())
     parts = (tensor.split(batch.lengths) for tensor in (batch.token_ids, batch.targets, batch.weights))
     for token_ids, targets, weights in zip(*parts, strict=True):
@@ -74,16 +77,13 @@ def peft_gradients(
     }
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_losses_and_gradients(
-    base_folder: Path, load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, checkpoint_layers: bool
+def assert_as_in_peft(
+    folder: Path, model: DecoderModel, adapter: TrainableAdapter, path: Path, *, checkpoint_layers: bool = False
 ) -> None:
-    model = load_base()
-    adapter, batch = new_adapter(model, method), new_batch(model.config.vocab_size)
+    batch = new_batch(model.config.vocab_size)
     losses = TrainableModel(model, checkpoint_layers=checkpoint_layers).losses(batch, [adapter])
     losses.sum().backward()
-    expected_loss, expected = peft_gradients(base_folder, model, adapter, batch, tmp_path / "adapter")
+    expected_loss, expected = peft_gradients(folder, model, adapter, batch, path)
     # float32 sums in another order over two layers
     assert float(losses.detach().sum()) == pytest.approx(expected_loss, rel=1e-5)
     assert expected.keys() == adapter.parameters.tensors.keys()
@@ -91,6 +91,42 @@ def test_losses_and_gradients(
         ours = adapter.parameters.tensors[name].grad
         assert ours is not None
         torch.testing.assert_close(ours, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients(
+    base_folder: Path, load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, checkpoint_layers: bool
+) -> None:
+    model = load_base()
+    adapter = new_adapter(model, method)
+    assert_as_in_peft(base_folder, model, adapter, tmp_path / "adapter", checkpoint_layers=checkpoint_layers)
+
+
+@pytest.mark.parametrize(("family", "options"), [("qwen2", {"tied": True}), ("qwen3", {}), ("mistral", {})])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_every_family(tmp_path: Path, family: str, options: dict[str, Any], method: str) -> None:
+    (tmp_path / "base").mkdir()
+    folder = save_base(tmp_path / "base", family, **options)
+    model = load_model(folder, dtype=torch.float32)
+    assert_as_in_peft(folder, model, new_adapter(model, method), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_where_peft_has_it(
+    base_folder: Path,
+    load_base: Callable[[], DecoderModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    def drop_every_third(x: torch.Tensor, p: float = 0.5, *_: Any, **__: Any) -> torch.Tensor:
+        kept = torch.arange(x.shape[-1]) % 3 > 0
+        return x * kept / (1 - p) if p else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop_every_third)
+    model = load_base()
+    assert_as_in_peft(base_folder, model, new_adapter(model, method, dropout=0.25), tmp_path / "adapter")
 
 
 def test_adapters_trained_together_have_the_gradients_of_each_alone(load_base: Callable[[], DecoderModel]) -> None:
