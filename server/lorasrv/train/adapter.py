@@ -13,15 +13,15 @@ from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.config import parse_adapter_config
 from lorasrv_adapters.errors import AdapterIncompatibleError
 from lorasrv_adapters.naming import PREFIX
+from lorasrv_adapters.normalize import NormalizedAdapter
 from lorasrv_adapters.plan import ModulePlan, make_plan
 from lorasrv_kernels.lora.training import LowRank
 from torch import Tensor
 
 from lorasrv.train.budget import Triplets
+from lorasrv.train.initial import Place, Tensors, initial_tensors
 from lorasrv.train.parameters import FlatParameters
 
-# what AdaLoRA's authors draw P and Q from
-_ADALORA_DEVIATION = 0.02
 _ENDINGS: Mapping[str, Mapping[str, str]] = {
     "lora": {"a": ".lora_A.weight", "b": ".lora_B.weight"},
     "dora": {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
@@ -49,29 +49,54 @@ class TrainableAdapter:
         dropout: how much of a low-rank branch's input is dropped.
     """
 
-    def __init__(self, config: Mapping[str, object], base: BaseModel, *, seed: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        base: BaseModel,
+        *,
+        seed: int,
+        initialization: str = "default",
+        start: NormalizedAdapter | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Draws initial values on the CPU, from the seed alone, so that a device changes nothing.
 
+        Args:
+            config: the content of `adapter_config.json`.
+            base: what is adapted.
+            seed: of everything drawn.
+            initialization: "default", "gaussian" or "pissa".
+            start: an adapter to go on from; modules it does not have begin with an update of zero.
+            dropout: how much of a low-rank branch's input is dropped.
+            device: where the tensors are kept.
+
         Raises:
-            AdapterIncompatibleError: the config does not fit the base, or asks for what is not trained.
+            AdapterIncompatibleError: the config does not fit the base, asks for what is not trained, or cannot do what
+                `start` does.
         """
         self.config = config
         self.dropout = dropout
         self._parsed = parse_adapter_config(config)
         self.plans, reasons = make_plan(self._parsed, base)
-        reasons += [
-            f"{name}: only linear layers are trained" for name, plan in self.plans.items() if not _is_low_rank(plan)
-        ]
+        others = [name for name, plan in self.plans.items() if not _is_low_rank(plan)]
+        reasons += [f"{name}: only linear layers are trained" for name in others]
         if reasons:
             raise AdapterIncompatibleError(reasons)
         self._endings = _ENDINGS[self._parsed.kind if self._parsed.kind != "rslora" else "lora"]
-        generator = torch.Generator().manual_seed(seed)
-        initial = {name: self._initial(name, plan, base, generator) for name, plan in self.plans.items()}
+        initial = self._initial(base, torch.Generator().manual_seed(seed), initialization, start)
         named = {
             role: {self._name(module, role): tensors[role] for module, tensors in initial.items()}
             for role in self._endings
         }
-        self.parameters = FlatParameters(named)
+        self.parameters = FlatParameters(named, device=device)
+        self._principal = initialization == "pissa" and start is None
+        # PiSSA subtracts what it began with: the base itself stays as it is
+        self._subtracted = (
+            {module: (tensors["a"].to(device), -tensors["b"].to(device)) for module, tensors in initial.items()}
+            if self._principal
+            else {}
+        )
         # detached, and the same for every micro-batch of a step
         self._norms: dict[str, Tensor] = {}
 
@@ -88,6 +113,9 @@ class TrainableAdapter:
             if module not in self._norms:
                 self._norms[module] = dora_norm(a.detach(), b.detach(), scale=scale, linear=linear)
             return LowRank(a=a, b=b, scale=scale, d=self._tensor(module, "magnitude") / self._norms[module])
+        if self._principal:
+            first_a, first_b = self._subtracted[module]
+            return LowRank(a=torch.cat([a, first_a]), b=torch.cat([b, first_b], dim=1), scale=scale)
         return LowRank(a=a, b=b, scale=scale)
 
     def changed(self) -> None:
@@ -113,26 +141,40 @@ class TrainableAdapter:
             for role in ("a", "b", "e"):
                 name = self._name(module, role)
                 tensors[name] = tensors[name][:, mask] if role == "b" else tensors[name][mask]
+        if self._principal:
+            config |= _doubled(config)
+        for module, (first_a, first_b) in self._subtracted.items():
+            name_a, name_b = self._name(module, "a"), self._name(module, "b")
+            tensors[name_a] = torch.cat([tensors[name_a], first_a])
+            tensors[name_b] = torch.cat([tensors[name_b], first_b], dim=1)
         return config, {PREFIX + name: tensor for name, tensor in tensors.items()}
+
+    def _initial(
+        self, base: BaseModel, generator: torch.Generator, initialization: str, start: NormalizedAdapter | None
+    ) -> dict[str, Tensors]:
+        modules = {} if start is None else start.modules
+        reasons = [
+            f"{name}: the adapter to go on from has it, the new one does not"
+            for name in modules
+            if name not in self.plans
+        ]
+        initial = {}
+        for name, plan in self.plans.items():
+            scale = self._parsed.scale(plan.rank or 0, plan.alpha)
+            place = Place(name=name, kind=self._parsed.kind, plan=plan, scale=scale, base=base)
+            try:
+                initial[name] = initial_tensors(place, generator, initialization=initialization, start=modules)
+            except ValueError as error:
+                reasons.append(f"{name}: {error}")
+        if reasons:
+            raise AdapterIncompatibleError(reasons)
+        return initial
 
     def _tensor(self, module: str, role: str) -> Tensor:
         return self.parameters.tensors[self._name(module, role)]
 
     def _name(self, module: str, role: str) -> str:
         return module + self._endings[role]
-
-    def _initial(self, module: str, plan: ModulePlan, base: BaseModel, generator: torch.Generator) -> dict[str, Tensor]:
-        assert plan.rank is not None
-        shape_a, shape_b = (plan.rank, plan.base.in_features), (plan.base.out_features, plan.rank)
-        if self._parsed.kind == "adalora":
-            a, b = (torch.randn(shape, generator=generator) * _ADALORA_DEVIATION for shape in (shape_a, shape_b))
-            return {"a": a, "b": b, "e": torch.zeros(plan.rank, 1)}
-        deviation = 1 / plan.rank if self.config.get("init_lora_weights") == "gaussian" else None
-        a = _kaiming(shape_a, generator) if deviation is None else torch.randn(shape_a, generator=generator) * deviation
-        tensors = {"a": a, "b": torch.zeros(shape_b)}
-        if self._parsed.kind == "dora":
-            tensors["magnitude"] = _row_norms(base, module, plan.base.out_features)
-        return tensors
 
 
 def dora_norm(a: Tensor, b: Tensor, *, scale: float, linear: FrozenLinear) -> Tensor:
@@ -146,15 +188,12 @@ def dora_norm(a: Tensor, b: Tensor, *, scale: float, linear: FrozenLinear) -> Te
     return squared.clamp_min_(0).sqrt_()
 
 
-def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Uniform within 1 / sqrt(I), as torch.nn.Linear begins."""
-    bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _row_norms(base: BaseModel, module: str, num_rows: int, *, chunk: int = 512) -> Tensor:
-    pieces = [base.weight_rows(module, start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)]
-    return torch.cat([piece.norm(dim=1) for piece in pieces])
+def _doubled(config: Mapping[str, object]) -> dict[str, object]:
+    """The keys that keep every scale when ranks are doubled."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    assert isinstance(rank, int)
+    assert isinstance(alpha, int | float)
+    return {"r": 2 * rank, "lora_alpha": alpha * (math.sqrt(2) if config.get("use_rslora") else 2)}
 
 
 def _is_low_rank(plan: ModulePlan) -> bool:

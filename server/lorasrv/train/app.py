@@ -176,6 +176,7 @@ def _new_job(name: str, config: TrainConfig, data: "_Data", *, model: DecoderMod
         held_out=data.held_out,
         max_steps=config.run.max_steps,
         seed=config.run.seed,
+        device=model.device,
     )
 
 

@@ -12,7 +12,7 @@ from lorasrv.errors import ConfigError
 from lorasrv.settings import choice, folder, integer, number, setting, switch, text
 
 Method = Literal["lora", "rslora", "dora", "adalora"]
-Initialization = Literal["default", "gaussian"]
+Initialization = Literal["default", "gaussian", "pissa"]
 Schedule = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 OverLong = Literal["drop", "truncate", "refuse"]
@@ -114,9 +114,12 @@ class JobConfig:
     )
     initialization: Initialization = setting(
         "default",
-        choice("default", "gaussian"),
-        "How A begins; B begins at zero.",
-        metavar="default|gaussian",
+        choice("default", "gaussian", "pissa"),
+        "How A and B begin; pissa: from the base's largest singular vectors, written as a LoRA of twice the rank.",
+        metavar="default|gaussian|pissa",
+    )
+    init_from: Path | None = setting(
+        None, folder, "An adapter to go on from, of any kind that the method can express.", metavar="ADAPTER"
     )
     batch_size: int = setting(16, integer, "Examples in a step.", metavar="N")
     learning_rate: float = setting(2e-4, number, "The highest learning rate.", metavar="LR")
@@ -233,6 +236,10 @@ def _job_reasons(job: JobConfig) -> Iterator[str]:
         yield f"init_rank is {job.init_rank}: it must be above rank {job.rank}, to which AdaLoRA comes down"
     if job.method != "adalora" and job.init_rank is not None:
         yield f"init_rank is for AdaLoRA; {job.method} keeps its rank"
+    if job.initialization == "pissa" and job.method not in ("lora", "rslora"):
+        yield f"initialization pissa is for lora and rslora, not {job.method}"
+    if job.initialization != "default" and job.init_from is not None:
+        yield f"initialization {job.initialization} and init_from exclude each other"
     if job.allocate_from >= job.allocate_until:
         yield f"allocate_from {job.allocate_from} must be below allocate_until {job.allocate_until}"
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lorasrv_adapters.base import BaseModel
-from lorasrv_adapters.checkpoint import write_checkpoint
+from lorasrv_adapters.checkpoint import read_checkpoint, write_checkpoint
 from torch import Tensor
 
 from lorasrv.train.adapter import TrainableAdapter
@@ -73,6 +74,7 @@ class TrainingJob:
         held_out: Sequence[Example],
         max_steps: int,
         seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
         self.config = config
@@ -81,7 +83,16 @@ class TrainingJob:
         self._max_steps = max_steps
         self._order = ExampleOrder(len(examples), batch_size=config.batch_size, seed=seed)
         described = adapter_config(config, base_name=base_name, max_steps=max_steps)
-        self.adapter = TrainableAdapter(described, base, seed=seed, dropout=config.dropout)
+        start = None if config.init_from is None else read_checkpoint(config.init_from, base)
+        self.adapter = TrainableAdapter(
+            described,
+            base,
+            seed=seed,
+            initialization=config.initialization,
+            start=start,
+            dropout=config.dropout,
+            device=device,
+        )
         self._optimizer = _optimizer(self.adapter, config)
         self._allocator = _allocator(self.adapter, config, max_steps=max_steps)
         self.best: Best | None = None
