@@ -16,7 +16,9 @@ from lorasrv.model.decoder import DecoderModel
 from torch import Tensor
 
 
-def make_requests(leases: Sequence[Lease | None], *, count: int, longest: int = 40) -> list[Request]:
+def make_requests(
+    leases: Sequence[Lease | None], *, count: int, longest: int = 40, most_tokens: int = 24
+) -> list[Request]:
     """Requests of random prompts, taking turns with the leases; greedy ones and random ones."""
     source = random.Random(1)
     return [
@@ -24,7 +26,10 @@ def make_requests(leases: Sequence[Lease | None], *, count: int, longest: int = 
             request_id=str(index),
             prompt_token_ids=tuple(source.randrange(300) for _ in range(source.randint(1, longest))),
             sampling=SamplingParams(
-                max_new_tokens=source.randint(2, 24), temperature=source.choice([0.0, 0.8]), seed=index, ignore_eos=True
+                max_new_tokens=source.randint(2, most_tokens),
+                temperature=source.choice([0.0, 0.8]),
+                seed=index,
+                ignore_eos=True,
             ),
             lease=leases[index % len(leases)],
         )
@@ -106,6 +111,7 @@ def serve(
     max_adapters: int = 4,
     max_rank: int = 16,
     adapter_bytes: int = 1 << 20,
+    exact: bool = True,
     make_runner: type[KeepingRunner] = KeepingRunner,
 ) -> Served:
     """Runs requests that arrive a few at a time; with `new_graph` decode steps are captured and replayed."""
@@ -119,6 +125,7 @@ def serve(
         adapter_bytes=adapter_bytes,
         max_rank=max_rank,
         max_adapters=max_adapters,
+        exact=exact,
         observer=observer,
     )
     # what nobody wrote shows

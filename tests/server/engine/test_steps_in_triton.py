@@ -1,0 +1,74 @@
+"""Whole steps through the kernels for CUDA, interpreted: prefill, decode and batches filled up for a graph."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from interpreter import INTERPRETING, run_interpreted
+from lorasrv_kernels.attention import op as attention
+from lorasrv_kernels.cpu.decoder import NativeDecoder
+from lorasrv_kernels.dense import op as dense
+from lorasrv_kernels.lora import op as lora
+from lorasrv_kernels.nf4 import cuda as nf4
+from lorasrv_kernels.rowwise import op as rowwise
+from random_llama import TINY, random_adapter, random_llama
+from recorded_graph import RecordedGraph
+from stepped_serving import Served, make_requests, serve
+
+pytest.importorskip("triton")
+
+ON_CUDA = {
+    "store_kv_": attention._store_cuda,
+    "paged_attention": attention._attention_cuda,
+    "dense_linear_": dense._dense_linear_cuda_,
+    "lora_apply_": lora._apply_cuda,
+    "nf4_dequantize_": nf4.dequantize_,
+    "nf4_linear_": nf4.linear_,
+    "nf4_linear": nf4.linear,
+    "rms_norm": rowwise._norm_cuda,
+    "rotate_": rowwise._rotate_cuda,
+    "silu_mul": rowwise._silu_mul_cuda,
+}
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
+def test_through_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What serves CUDA tensors serves those of the CPU."""
+    monkeypatch.setattr(NativeDecoder, "forward", lambda *_, **__: None)
+    library = torch.library.Library("lorasrv", "FRAGMENT")
+    for name, function in ON_CUDA.items():
+        library.impl(name, function, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRETING, reason="test_cuda_graphs.py does this on a GPU")
+# rows that fill a batch up attend to nothing, and what follows computes with whatever lay in memory
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")
+@pytest.mark.parametrize("exact", [True, False])
+def test_steps_answer_as_on_a_cpu(exact: bool, request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    model = random_llama({**TINY, "num_hidden_layers": 1, "attention_bias": True})
+    leases = [random_adapter(model, 3, seed=0, with_scale=True), random_adapter(model, 2, seed=1), None]
+    requests = make_requests(leases, count=3, longest=20, most_tokens=4)
+
+    def run(*, captured: bool) -> Served:
+        return serve(model, requests, new_graph=RecordedGraph if captured else None, max_num_seqs=2, exact=exact)
+
+    expected = run(captured=False)
+    request.getfixturevalue("as_on_cuda")
+    captured = run(captured=True)
+    assert captured.rows.keys() == expected.rows.keys()
+    for key, row in captured.rows.items():
+        # float32 sums in another order over logits below 2
+        torch.testing.assert_close(row, expected.rows[key], rtol=1e-4, atol=1e-4)
+    if exact:
+        eager = run(captured=False)
+        assert all(torch.equal(row, eager.rows[key]) for key, row in captured.rows.items())
