@@ -18,7 +18,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve test fuzz check bench bench-peers gpu-check readme proto native assets clean
+.PHONY: help demo serve aot-check test fuzz check bench bench-peers gpu-check readme proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -71,6 +71,15 @@ gpu-check: ## Test and time the CUDA kernels and steps, 8 minutes at most (SMALL
 	@python="$(PYTHON)"; [ -n "$$python" ] || { python=$(BIN)/python; [ -x "$$python" ] || python=python3; }; \
 		PYTHONPATH=kernels:adapters:server:tests/support$${PYTHONPATH:+:$$PYTHONPATH} "$$python" kernels/benchmarks/cuda/check.py \
 		$(if $(SMALL),--small) $(ARGS)
+
+aot-check: $(VENV)/.test ## Compile the CUDA kernels for sm_80 and sm_90 (TRITON=3.6.0: with that Triton)
+	@folder="$(VENV)/triton-$(TRITON)"; \
+		if [ -n "$(TRITON)" ] && [ ! -d "$$folder/triton" ]; then \
+			echo "installing triton $(TRITON) into $$folder"; \
+			$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --target "$$folder" \
+				"triton==$(TRITON)" || exit 1; \
+		fi; \
+		PYTHONPATH="$$folder$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest -q -m aot tests/kernels $(ARGS)
 
 readme: $(VENV)/.runtime ## Write README's tables of what is served anew
 	$(BIN)/python server/make_readme.py

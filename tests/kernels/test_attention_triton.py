@@ -201,6 +201,7 @@ def test_through_the_interpreter() -> None:
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("head_size", "window"), [(64, 0), (128, 0), (128, 4096)], ids=["Llama 3.2 1B", "Llama 3 8B", "Mistral 7B"]
@@ -243,6 +244,7 @@ def test_compiles(
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -22,6 +22,7 @@ GROUPS = {
     "8b-down": (14336, (4096,)),
     "8b-head": (4096, (128256,)),
 }
+pytestmark = pytest.mark.aot
 FORBIDDEN = ("ATOM", "ATOMG", "RED", "REDG")
 
 

@@ -258,6 +258,7 @@ def meta(rows: tuple[int, ...], in_features: int) -> tuple[Any, ...]:
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
@@ -317,6 +318,7 @@ def test_words_are_read_where_they_are_aligned(monkeypatch: pytest.MonkeyPatch) 
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -330,6 +332,7 @@ def test_compiles_the_lookup_by_shuffles(monkeypatch: pytest.MonkeyPatch, capabi
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_the_dequantization(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:

@@ -2,14 +2,16 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from lorasrv_kernels import lora  # noqa: F401  registers the ops
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
+from lorasrv_kernels.attention import triton_kernels as triton_attention
 from lorasrv_kernels.batch import SlotBatch
-from lorasrv_kernels.nf4 import NF4Weight, cuda, reference
+from lorasrv_kernels.nf4 import NF4Weight, cuda, reference, triton_linear
 from lorasrv_kernels.nf4.codes import levels, nested_codes
+from lorasrv_kernels.nf4.triton_kernels import MAX_FUSED_TOKENS
 from lorasrv_kernels.table import ABSENT_ROW, Column
 from timing import Run
 from torch import Tensor
@@ -70,9 +72,9 @@ def cases(device: torch.device, *, small: bool) -> Iterator[Callable[[], Case]]:
                 name, rows, columns, tokens, device
             )
     for heads, size in ((4, 16),) if small else ((32, 64), (32, 128)):
-        for sequences in (2,) if small else (1, 8, 32, 64):
-            yield lambda heads=heads, size=size, sequences=sequences: attention_case(
-                heads, size, sequences, 40 if small else 1024, device
+        for sequences, length in ((2, 40),) if small else ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (1, 16384)):
+            yield lambda heads=heads, size=size, sequences=sequences, length=length: attention_case(
+                heads, size, sequences, length, device
             )
 
 
@@ -87,18 +89,40 @@ def nf4_case(name: str, rows: int, columns: int, tokens: int, device: torch.devi
     copies = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
     denses = [dense, *(dense.clone() for _ in range(num_copies(dense.nbytes, device) - 1))]
     contestants = {
-        "ours": Contestant(run=lambda i: cuda.linear_(x, *storage(copies[i]), out), copies=len(copies)),
+        "ours": Contestant(run=lambda i: cuda.linear_(x, *storage(copies[i]), out, exact=False), copies=len(copies)),
         "F.linear": Contestant(run=lambda i: linear(x, denses[i]), copies=len(denses)),
         "bitsandbytes": bitsandbytes_linear(x, copies),
     }
+    # up to 64 tokens both are one kernel
+    if tokens > MAX_FUSED_TOKENS:
+        exact = Contestant(run=lambda i: cuda.linear_(x, *storage(copies[i]), out), copies=len(copies))
+        contestants["exact"] = exact
+    elif name in ("8B qkv", "tiny"):
+        contestants["by shuffles"] = Contestant(run=by_shuffles(x, copies, out), copies=len(copies))
 
     def error() -> float:
         cuda.linear_(x, *storage(weight), out)
-        return relative_error(out, x.float() @ dense.float().T)
+        exact_error = relative_error(out, x.float() @ dense.float().T)
+        cuda.linear_(x, *storage(weight), out, exact=False)
+        return max(exact_error, relative_error(out, x.float() @ dense.float().T))
 
     num_bytes = weight.num_bytes + x.nbytes + out.nbytes
     return Case(kernel="nf4_linear", shape=f"{name} {rows}x{columns}", size=tokens, num_bytes=num_bytes,
                 contestants=contestants, error=error)  # fmt: skip
+
+
+def by_shuffles(x: Tensor, weights: list[NF4Weight], out: Tensor) -> Run:
+    """The NF4 linear layer with the other way from codes to weights."""
+
+    def run(index: int) -> None:
+        chosen = triton_linear.tiling
+        triton_linear.tiling = lambda *arguments: replace(chosen(*arguments), lookup="gather", block_columns=128)
+        try:
+            cuda.linear_(x, *storage(weights[index]), out)
+        finally:
+            triton_linear.tiling = chosen
+
+    return run
 
 
 def bitsandbytes_linear(x: Tensor, weights: list[NF4Weight]) -> Contestant:
@@ -154,8 +178,8 @@ def lora_case(name: str, rows: int, columns: int, tokens: int, device: torch.dev
         from lorasrv_kernels.lora.triton_kernels import lora_apply_ as apply_
     tensors = batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows
 
-    def apply(index: int) -> None:
-        apply_(y, x, arenas[index], table, [rows], *tensors, None, RANK)
+    def apply(index: int, *, exact: bool = False) -> None:
+        apply_(y, x, arenas[index], table, [rows], *tensors, None, RANK, False, exact)
 
     def error() -> float:
         y.zero_()
@@ -169,6 +193,7 @@ def lora_case(name: str, rows: int, columns: int, tokens: int, device: torch.dev
 
     contestants = {
         "ours": Contestant(run=apply, copies=len(arenas)),
+        "exact": Contestant(run=lambda i: apply(i, exact=True), copies=len(arenas)),
         "base product": Contestant(run=lambda i: cuda.linear_(x, *storage(base[i]), out), copies=len(base)),
     }
     num_bytes = used * numbers * arena.itemsize + x.nbytes + 2 * y.nbytes
@@ -206,8 +231,17 @@ def attention_case(heads: int, size: int, sequences: int, length: int, device: t
         expected = scaled_dot_product_attention(q[:, :, None].float(), k.float(), v.float(), enable_gqa=True)
         return relative_error(ours(0), expected[:, :, 0])
 
+    def in_turn(index: int) -> Tensor:
+        enough = triton_attention.ENOUGH_PROGRAMS
+        triton_attention.ENOUGH_PROGRAMS = 0
+        try:
+            return ours(index)
+        finally:
+            triton_attention.ENOUGH_PROGRAMS = enough
+
     contestants = {
         "ours": Contestant(run=ours, copies=len(caches)),
+        "splits in turn": Contestant(run=in_turn, copies=len(caches)),
         "contiguous SDPA": Contestant(run=library, copies=len(pairs)),
     }
     return Case(kernel="attention", shape=f"{heads}/{kv_heads} heads of {size}, context {length}", size=sequences,
