@@ -102,6 +102,7 @@ def rows_have_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @native
+@pytest.mark.aot
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int) -> None:
     """At the shapes of an 8B Llama: nothing spills, and memory is read and written in whole 16 bytes."""
