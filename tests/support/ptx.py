@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 _NAMED_BITS = re.compile(r"0[xf]([0-9a-fA-F]+)")
@@ -59,8 +58,8 @@ def _value(operand: str, registers: dict[str, int]) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    product = np.uint32(a).view(np.float32) * np.uint32(b).view(np.float32)
-    return int(product.view(np.uint32))
+    left, right = torch.tensor([a, b], dtype=torch.uint32).view(torch.float32)
+    return int((left * right).view(torch.int32)) & 0xFFFFFFFF
 
 
 def _pack(dtype: torch.dtype) -> Callable[[int, int], tuple[int]]:
