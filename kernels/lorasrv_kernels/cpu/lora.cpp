@@ -3,7 +3,10 @@
 // First x A^T of every tile and slice, then the products with B in panels of columns. A row may be in several tiles, so
 // threads share out columns, never tiles. No sum is split: a row's bits depend on I, R and its own adapters alone.
 
+#include <omp.h>
+
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -14,7 +17,7 @@
 namespace {
 
 constexpr int64_t kJobRanks = 8;
-constexpr int64_t kPanelColumns = 128;
+constexpr int64_t kMinPanelColumns = 128, kMaxPanelColumns = 512;
 constexpr int64_t kParallelProducts = 1 << 15;
 
 // Dot products of the rows of a tile with some rows of A.
@@ -109,6 +112,7 @@ struct Update {
     const int64_t* entry(int64_t tile, int64_t slice) const {
         return table + tile_slots[tile] * slot_stride + slice * slice_stride;
     }
+    int64_t y_width() const { return std::accumulate(out_features, out_features + num_slices, int64_t{0}); }
     int64_t num_rows(int64_t tile) const { return tile_starts[tile + 1] - tile_starts[tile]; }
     const float* floats(int64_t offset) const {
         return offset == kAbsent ? nullptr : reinterpret_cast<const float*>(arena + offset);
@@ -156,10 +160,12 @@ int64_t plan(const Update<E>& update, Scratch& scratch) {
                                         update.in_features, std::min(kJobRanks, entry[kRank] - rank), out + rank,
                                         entry[kRank]});
         }
+    // wide panels read memory in a row, narrow ones give every thread several
+    const int64_t share = update.y_width() / (2 * omp_get_max_threads()) / kMinPanelColumns * kMinPanelColumns;
+    const int64_t columns = std::clamp(share, kMinPanelColumns, kMaxPanelColumns);
     for (int64_t slice = 0; slice < update.num_slices; start += update.out_features[slice++])
-        for (int64_t column = 0; column < update.out_features[slice]; column += kPanelColumns)
-            scratch.panels.push_back(
-                {slice, start, column, std::min(column + kPanelColumns, update.out_features[slice])});
+        for (int64_t column = 0; column < update.out_features[slice]; column += columns)
+            scratch.panels.push_back({slice, start, column, std::min(column + columns, update.out_features[slice])});
     return products;
 }
 

@@ -8,7 +8,8 @@ LORASRV_TARGET void shrink_block(const E* const* x, const E* a, int64_t length, 
     Lanes dots[M][N];
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) dots[m][n] = broadcast(0.0f);
-    add_dots<M, N>(x, a, length, length, dots);
+    // rows are too short for the processor's own prefetching
+    add_dots<M, N>(x, a, length, length, dots, N * length);
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) out[m * out_stride + n] = sum(dots[m][n]);
 }
@@ -62,7 +63,7 @@ LORASRV_TARGET void expand_block(const Expand& job, int64_t row, int64_t column)
     const int64_t width = job.last_column - column;
     const E* b = static_cast<const E*>(job.b) + column;
     if (width >= N * kLanes)
-        add_rows<M, N>(weights, b, job.b_stride, job.rank, N * kLanes, sums);
+        add_rows<M, N>(weights, b, job.b_stride, job.rank, N * kLanes, sums, N * kLanes);
     else
         add_rows<M, N>(weights, b, job.b_stride, job.rank, width, sums);
     for (int m = 0; m < M; ++m) {
