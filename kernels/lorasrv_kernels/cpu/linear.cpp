@@ -104,7 +104,10 @@ void nf4_rows(const LinearKernels& kernels, const Layer& layer, const Tokens& to
                 kernels.multiply_codes(codes, part);
             } else {
                 kernels.dequantize(codes, tokens.in_features, memory, scratch.panel_stride);
-                kernels.multiply(memory, scratch.panel_stride, rows, part);
+                const char* end = reinterpret_cast<const char*>(codes.packed + rows * layer.row_blocks * (kBlock / 2));
+                const int64_t next = std::min(scratch.panel_rows, count - row - rows);
+                kernels.multiply(memory, scratch.panel_stride, rows, part,
+                                 {end, next * layer.row_blocks * (kBlock / 2)});
             }
         }
     });
@@ -121,10 +124,12 @@ void dense_rows(const LinearKernels& kernels, const void* weight, const Tokens& 
             float* to = reinterpret_cast<float*>(panel);
             for (int64_t r = 0; r < rows; ++r)
                 widen(from + r * tokens.in_features, tokens.in_features / kBlock, to + r * scratch.panel_stride);
-            kernels.multiply(panel, scratch.panel_stride, rows, part);
+            kernels.multiply(panel, scratch.panel_stride, rows, part, {});
         } else {
             const char* from = static_cast<const char*>(weight) + row * tokens.in_features * kernels.element_bytes;
-            kernels.multiply(from, tokens.in_features, rows, part);
+            const int64_t row_bytes = tokens.in_features * kernels.element_bytes;
+            kernels.multiply(from, tokens.in_features, rows, part,
+                             {from + rows * row_bytes, std::min(scratch.panel_rows, stop - row - rows) * row_bytes});
         }
     }
 }

@@ -31,6 +31,12 @@ struct CodeRows {
     bool bfloat16_weights;  // round weights to bfloat16, whatever the panel's type
 };
 
+// What the caller reads next, fetched little by little in the course of a call; empty where `size` is 0.
+struct Next {
+    const char* start;
+    int64_t size;
+};
+
 struct LinearKernels {
     int32_t element_bytes;     // of x and of a panel
     int64_t few_tokens;        // up to here `multiply_codes` serves
@@ -41,7 +47,7 @@ struct LinearKernels {
     // weights of `codes` into panel [rows, I], rows `stride` elements apart
     void (*dequantize)(const CodeRows& codes, int64_t in_features, void* panel, int64_t stride);
     // out = x W^T, W [rows, I], rows `stride` elements apart; at most kMaxPanelRows rows
-    void (*multiply)(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens);
+    void (*multiply)(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens, const Next& next);
     // the same straight from the codes, without a panel
     void (*multiply_codes)(const CodeRows& codes, const Tokens& tokens);
 };

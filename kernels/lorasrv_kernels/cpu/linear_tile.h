@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t kDepth = 1024;  // elements of I at a time, so that a tile's rows stay in the first-level cache
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchBytes = 4096;  // of codes, at least
 constexpr int kFewTokens = 8;       // computed straight from the codes
 
@@ -111,9 +112,20 @@ LORASRV_TARGET void write_sums(const float* sums, int64_t rows, int64_t count, c
     }
 }
 
+// Fetches a call's share of what is read next.
+struct Fetch {
+    const char* at;
+    const char* end;
+    int64_t share;
+
+    void some() {
+        for (const char* stop = std::min(end, at + share); at < stop; at += kLineBytes) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 template <int N>
 LORASRV_TARGET void multiply_tokens(const Element* weights, int64_t stride, int64_t rows, const Tokens& tokens,
-                                    int64_t token) {
+                                    int64_t token, Fetch& fetch) {
     alignas(64) float sums[N * kMaxPanelRows * kLanes];
     const Element* x = static_cast<const Element*>(tokens.x) + token * tokens.in_features;
     // weights that are used once are read in the order in which they lie
@@ -121,9 +133,11 @@ LORASRV_TARGET void multiply_tokens(const Element* weights, int64_t stride, int6
     for (int64_t k = 0; k < tokens.in_features; k += depth) {
         const int64_t steps = std::min(depth, tokens.in_features - k) / kStep;
         int64_t row = 0;
-        for (; row + kTileRows <= rows; row += kTileRows)
+        for (; row + kTileRows <= rows; row += kTileRows) {
+            fetch.some();
             add_tile<kTileRows, N>(weights + row * stride + k, stride, x + k, tokens.in_features, steps, k == 0,
                                    sums + row * kLanes);
+        }
         for (; row < rows; ++row)
             add_tile<1, N>(weights + row * stride + k, stride, x + k, tokens.in_features, steps, k == 0,
                            sums + row * kLanes);
@@ -164,11 +178,11 @@ LORASRV_TARGET void dequantize_rows(const CodeRows& codes, int64_t in_features, 
 // the function for `count` tokens among those for 1 ... N
 template <int N>
 void multiply_count(int64_t count, const Element* weights, int64_t stride, int64_t rows, const Tokens& tokens,
-                    int64_t token) {
+                    int64_t token, Fetch& fetch) {
     if (count == N)
-        multiply_tokens<N>(weights, stride, rows, tokens, token);
+        multiply_tokens<N>(weights, stride, rows, tokens, token, fetch);
     else if constexpr (N > 1)
-        multiply_count<N - 1>(count, weights, stride, rows, tokens, token);
+        multiply_count<N - 1>(count, weights, stride, rows, tokens, token, fetch);
 }
 
 template <int N>
@@ -179,13 +193,18 @@ void multiply_few_count(const CodeRows& codes, const Tokens& tokens) {
         multiply_few_count<N - 1>(codes, tokens);
 }
 
-void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens) {
+void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Tokens& tokens, const Next& next) {
     // tiles of almost equal width: a last tile of one token would cost as much as one of several
     const int64_t tiles = (tokens.count + kTileTokens - 1) / kTileTokens;
+    const int64_t calls = std::max<int64_t>(tiles * (rows / kTileRows) * (tokens.in_features / kDepth), 1);
+    // weights that are used once come at the memory's pace as they are
+    const int64_t size = tiles > 1 ? next.size : 0;
+    Fetch fetch{next.start, next.start + size, (size / calls / kLineBytes + 1) * kLineBytes};
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t token = tile * tokens.count / tiles;
         const int64_t count = (tile + 1) * tokens.count / tiles - token;
-        multiply_count<kTileTokens>(count, static_cast<const Element*>(weights), stride, rows, tokens, token);
+        multiply_count<kTileTokens>(count, static_cast<const Element*>(weights), stride, rows, tokens, token,
+                                    fetch);
     }
 }
 
