@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kDepth = 1024;  // elements of I at a time, so that a tile's rows stay in the first-level cache
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kFetchBytes = 640 << 10;  // what is read next and the present panel, in the second-level cache
 constexpr int64_t kPrefetchBytes = 4096;  // of codes, at least
 constexpr int kFewTokens = 8;       // computed straight from the codes
 
@@ -198,7 +199,8 @@ void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Toke
     const int64_t tiles = (tokens.count + kTileTokens - 1) / kTileTokens;
     const int64_t calls = std::max<int64_t>(tiles * (rows / kTileRows) * (tokens.in_features / kDepth), 1);
     // weights that are used once come at the memory's pace as they are
-    const int64_t size = tiles > 1 ? next.size : 0;
+    const bool fits = rows * stride * static_cast<int64_t>(sizeof(Element)) + next.size <= kFetchBytes;
+    const int64_t size = tiles > 1 && fits ? next.size : 0;
     Fetch fetch{next.start, next.start + size, (size / calls / kLineBytes + 1) * kLineBytes};
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t token = tile * tokens.count / tiles;
