@@ -4,22 +4,26 @@ from collections.abc import Sequence
 
 import torch
 from engine import Lease
-from lanes import default_clock
+from lanes import Times
 from ours import Served
 
-_BUFFER_BYTES = 1 << 29
-_REPEATS = 9
 
+class ReadLane:
+    """Reads a buffer that no cache holds, on all threads; a lane, so that the rate is that of the same moments."""
 
-def read_bandwidth() -> float:
-    """Bytes a second: the best of some sums over a buffer that no cache holds, on all threads."""
-    buffer, clock = torch.ones(_BUFFER_BYTES // 4), default_clock()
-    best = float("inf")
-    for _ in range(_REPEATS):
-        start = clock()
-        buffer.sum()
-        best = min(best, clock() - start)
-    return _BUFFER_BYTES / best
+    def __init__(self) -> None:
+        self._buffer = torch.ones(1 << 25)
+
+    def prefill(self) -> None:
+        """Nothing to begin."""
+
+    def step(self) -> None:
+        """Reads it once."""
+        self._buffer.sum()
+
+    def seconds(self, times: Times, num_bytes: int) -> list[float]:
+        """What reading so many bytes takes at the rate of each turn."""
+        return [seconds * num_bytes / self._buffer.nbytes for seconds in times.decode]
 
 
 def decode_bytes(served: Served, leases: Sequence[Lease], *, num_positions: int, batch: int = 1) -> int:

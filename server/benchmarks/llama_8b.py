@@ -4,17 +4,19 @@
 
 Some layers of the shape (hidden 4096, feed-forward 14336, 32 heads over 8), each with weights of its own, so that no
 cache holds them; a small vocabulary, since the head of the real one is a quarter of its bytes and no concern of
-adapters. 16 adapters of rank 16 are registered, and the sequence uses one. The floor is the bytes that a step reads
-(4-bit weights, head, adapter, keys and values) over the measured read bandwidth; what is paid once a step, embedding,
-head and sampling, weighs more here than in 32 layers. With `--exact off` a row's bits may depend on its neighbours.
+adapters. 16 adapters of rank 16 are registered, and the sequence uses one. The floor is what it takes to read the bytes
+of a step (4-bit weights, head, adapter, keys and values) at the rate at which a buffer is read in the same turn. What
+is paid once a step, embedding, head and sampling, weighs more here than in 32 layers. With `--exact off` a row's bits
+may depend on its neighbours.
 """
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 
 import torch
-from floor import decode_bytes, read_bandwidth
+from floor import ReadLane, decode_bytes
 from lanes import Ratio, take_turns
 from lorasrv.model.loader import load_model
 from ours import OurLane, Served, read_leases
@@ -50,25 +52,26 @@ def main() -> None:
     exact = arguments.exact == "on"
     served = Served(model, leases, num_blocks=16, max_rank=arguments.rank, exact=exact)
     prompts = workload.prompts(1).tolist()
+    read = ReadLane()
     lanes = {
+        "read": read,
         "adapter": OurLane(served, prompts, leases[:1]),
         "base": OurLane(served, prompts),
         "adapter again": OurLane(served, prompts, leases[:1]),
     }
-    before = read_bandwidth()
     times = take_turns(lanes, rounds=1, turns=arguments.pairs)
-    bandwidth = max(before, read_bandwidth())
+    gigabyte_seconds = statistics.median(read.seconds(times["read"], 10**9))
     print(f"{arguments.layers} layers of an 8B Llama shape, {len(leases)} adapters of rank {arguments.rank}, ", end="")
-    print(f"exact {arguments.exact}, {arguments.threads} threads, reads {bandwidth / 1e9:.1f} GB/s\n")
+    print(f"exact {arguments.exact}, {arguments.threads} threads, reads {1 / gigabyte_seconds:.1f} GB/s\n")
     print("| decode, B=1 | ms a step | MB read | speed over the floor | target | speed over itself |")
     print("|---|---|---|---|---|---|")
     for name, used in (("adapter", leases[:1]), ("base", [])):
         num_bytes = decode_bytes(served, used, num_positions=workload.prompt_tokens + arguments.pairs // 2)
         seconds = times[name].decode
-        ratio = Ratio.of([num_bytes / bandwidth] * len(seconds), seconds)
+        ratio = Ratio.of(read.seconds(times["read"], num_bytes), seconds)
         itself = Ratio.of(times["adapter again"].decode, seconds) if name == "adapter" else "-"
         target = f"at least {TARGET}" if name == "adapter" and not exact else "-"
-        milliseconds = 1e3 * sorted(seconds)[len(seconds) // 2]
+        milliseconds = 1e3 * statistics.median(seconds)
         print(f"| {name} | {milliseconds:.2f} | {num_bytes / 1e6:.1f} | {ratio} | {target} | {itself} |", flush=True)
 
 

@@ -13,6 +13,7 @@ logits are PEFT's. `--small` runs all of it on a tiny model, which says nothing 
 import argparse
 import logging
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ import bitsandbytes
 import peft
 import torch
 import transformers
-from floor import decode_bytes, read_bandwidth
+from floor import ReadLane, decode_bytes
 from huggingface import HuggingFaceLane, load, with_adapters
 from lanes import Lane, Times, take_turns
 from lorasrv.model.loader import load_model
@@ -33,6 +34,7 @@ from torch import Tensor
 from vllm_lane import VllmError, VllmLane, VllmProcess
 from workload import SMALL, Files, Workload, write
 
+READ = "read"
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Of logits, relative in the 2-norm. bitsandbytes' packed kernel rounds its scales to bfloat16."""
 
@@ -117,6 +119,7 @@ class Comparison:
                 for column in COLUMNS
             }
         self._lanes |= {f"ours again {column}": self._our_lane(self._served, column) for column in COLUMNS}
+        self._read = ReadLane()
         self._times: dict[str, Times] = {}
         self._prefill_pairs: dict[str, Times] = {}
         self._vllm_pairs: dict[str, Times] = {}
@@ -133,8 +136,8 @@ class Comparison:
         turns = self._workload.new_tokens - 1
         small = {name: lane for name, lane in self._lanes.items() if name.endswith("B=1")}
         large = {name: lane for name, lane in self._lanes.items() if name.endswith("B=8")}
-        for lanes in (small, large):
-            self._times |= take_turns(lanes, rounds=rounds, turns=turns)
+        self._times = take_turns(small, rounds=rounds, turns=turns)
+        self._times |= take_turns({**large, READ: self._read}, rounds=rounds, turns=turns)
         column = "adapters B=8"
         pairs = {f"{system} {column}": self._lanes[f"{system} {column}"] for system in ("ours", "bf16", "ours again")}
         self._prefill_pairs = take_turns(pairs, rounds=prefills, turns=0)
@@ -162,12 +165,13 @@ class Comparison:
 
     def report(self, *, not_run: str) -> None:
         """Prints both tables."""
-        workload, bandwidth = self._workload, read_bandwidth()
+        workload = self._workload
+        gigabyte_seconds = statistics.median(self._read.seconds(self._times[READ], 10**9))
         isa = isa_in_use()
         print(
             f"\n{workload}\n{torch.get_num_threads()} threads, {'PyTorch path' if isa is None else isa.name}, ", end=""
         )
-        print(f"torch {torch.__version__}, reads {bandwidth / 1e9:.1f} GB/s\n")
+        print(f"torch {torch.__version__}, reads {1 / gigabyte_seconds:.1f} GB/s\n")
         read = {column: self._bytes_read(column) for column in COLUMNS}
         systems = {
             "ours": ("lorasrv, exact", "NF4, double quant"),
@@ -178,11 +182,12 @@ class Comparison:
         }
         if not any(name.startswith("not exact") for name in self._lanes):
             del systems["not exact"]
-        floor = {name: size / bandwidth for name, size in read.items()}
+        floor = {name: size * gigabyte_seconds / 1e9 for name, size in read.items()}
         print_rates(workload, systems, self._times, floor=floor, not_run=not_run)
         measured = [self._times, self._prefill_pairs, self._vllm_pairs]
         added_bytes = read["adapters B=8"] - read["base B=8"]
-        print_ratios(measured, not_run=not_run, added_seconds=added_bytes / bandwidth)
+        least_seconds = self._read.seconds(self._times[READ], added_bytes)
+        print_ratios(measured, not_run=not_run, least_seconds=least_seconds)
 
     def _bytes_read(self, column: str) -> int:
         """By a decode step in the middle of the run."""

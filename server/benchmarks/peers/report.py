@@ -77,13 +77,13 @@ def print_rates(
     print(f"| floor: bytes over read bandwidth | NF4 | {' | '.join(cells)} |", flush=True)
 
 
-def print_ratios(measured: Sequence[Mapping[str, Times]], *, not_run: str, added_seconds: float) -> None:
+def print_ratios(measured: Sequence[Mapping[str, Times]], *, not_run: str, least_seconds: Sequence[float]) -> None:
     """Prints speed over that of others against the targets.
 
     Args:
         measured: sets of lanes that took turns with each other; of several with the lanes in question the last counts.
         not_run: why a lane that has no times was not run.
-        added_seconds: what reading the adapters takes at the least in a decode step.
+        least_seconds: what reading the adapters takes at the least, at each of the decode steps.
     """
     print("\n| speed of lorasrv over | phase | target | ratio | pairs | lorasrv over itself | |")
     print("|---|---|---|---|---|---|---|")
@@ -108,8 +108,8 @@ def print_ratios(measured: Sequence[Mapping[str, Times]], *, not_run: str, added
     base, adapted, again = (
         lanes[f"{name} B=8"].decode for name in ("ours base", "ours adapters", "ours again adapters")
     )
-    added = Ratio.of([one - other for one, other in zip(adapted, base, strict=True)], [added_seconds] * len(base))
-    noise = Ratio.of([one - other for one, other in zip(again, adapted, strict=True)], [added_seconds] * len(base))
+    added = Ratio.of([one - other for one, other in zip(adapted, base, strict=True)], least_seconds)
+    noise = Ratio.of([one - other for one, other in zip(again, adapted, strict=True)], least_seconds)
     verdict = "reached" if added.median <= MOST_ADDED else "missed"
     print(
         "\n| time that adapters add, over that of their bytes | target | ratio | pairs | noise | |",
