@@ -1,11 +1,13 @@
 """Contract of the trainable low-rank update: schemas, checks, default implementations, gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorasrv_kernels import triton_modules
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.lora.training import native, reference
 from lorasrv_kernels.lora.training.reference import Gradients
@@ -116,6 +118,43 @@ def _grad_cpu(
     return gradients(grad, y, x, a, b, d, scales, out_features, segment_tokens)
 
 
+def _update_cuda(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    d: Sequence[Tensor],
+    scales: Sequence[float],
+    out_features: Sequence[int],
+    segment_tokens: Sequence[int],
+) -> Tensor:
+    check_update(y, x, a, b, d, scales, out_features, segment_tokens)
+    update: Callable[..., Tensor] = getattr(_kernels(x), "lora_update", reference.lora_update)
+    with torch.cuda.device_of(x):
+        return update(y, x, a, b, d, scales, out_features, segment_tokens)
+
+
+def _grad_cuda(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    d: Sequence[Tensor],
+    scales: Sequence[float],
+    out_features: Sequence[int],
+    segment_tokens: Sequence[int],
+) -> Gradients:
+    gradients: Callable[..., Gradients] = getattr(_kernels(x), "lora_update_grad", reference.lora_update_grad)
+    with torch.cuda.device_of(x):
+        return gradients(grad, y, x, a, b, d, scales, out_features, segment_tokens)
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    double = x.dtype == torch.float64
+    return None if double else triton_modules.load("lorasrv_kernels.lora.training.triton_kernels")
+
+
 def _update_shape(
     y: Tensor,
     x: Tensor,
@@ -170,8 +209,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _library.impl("lora_update", _update, "CompositeExplicitAutograd")
 _library.impl("lora_update", _update_cpu, "CPU")
+_library.impl("lora_update", _update_cuda, "CUDA")
 _library.impl("lora_update", _update_shape, "Meta")
 _library.impl("lora_update_grad", _grad, "CompositeExplicitAutograd")
 _library.impl("lora_update_grad", _grad_cpu, "CPU")
+_library.impl("lora_update_grad", _grad_cuda, "CUDA")
 _library.impl("lora_update_grad", _grad_shape, "Meta")
 torch.library.register_autograd("lorasrv::lora_update", _backward, setup_context=_setup_context, lib=_library)
