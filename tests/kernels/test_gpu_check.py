@@ -33,10 +33,10 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     done = run("--small", "--seconds", "0.01", "--results", str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "tests failed: not finished after 0 s" in done.stdout
-    assert done.stdout.splitlines()[-1] == "| 4 more |  |  | not run: no time left | | |"
+    assert done.stdout.splitlines()[-1] == "| 6 more |  |  | not run: no time left | | |"
     report = json.loads((tmp_path / "gpu-check-small.json").read_text())
     assert report["rows"] == [
-        {"kernel": name, "shape": "", "size": "", "outcome": "not run: no time left"} for name in ("steps", "4 more")
+        {"kernel": name, "shape": "", "size": "", "outcome": "not run: no time left"} for name in ("steps", "6 more")
     ]
 
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def run_benchmarks(*, small: bool, deadline: float) -> tuple[list[Row], float]:
     import cases
     import timing
     import torch
+    import training_cases
 
     device = torch.device("cpu" if small else "cuda")
     torch.manual_seed(0)
@@ -126,7 +128,7 @@ def run_benchmarks(*, small: bool, deadline: float) -> tuple[list[Row], float]:
     rows: list[Row] = []
     left_out = 0
     with torch.inference_mode():
-        for build in cases.cases(device, small=small):
+        for build in chain(cases.cases(device, small=small), training_cases.cases(device, small=small)):
             if time.monotonic() > deadline:
                 left_out += 1
                 continue

@@ -1,0 +1,97 @@
+"""What of training is timed on CUDA: the NF4 layer's gradient, and the trainable low-rank update there and back."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from cases import (
+    LLAMA,
+    RANK,
+    TINY,
+    Case,
+    Contestant,
+    clone,
+    dtype_of,
+    num_copies,
+    random_weight,
+    relative_error,
+    storage,
+)
+from lorasrv_kernels.lora import training  # noqa: F401  registers the ops
+from lorasrv_kernels.lora.training.reference import lora_update, lora_update_grad
+from lorasrv_kernels.nf4 import cuda, reference
+from torch import Tensor
+
+TOKENS = 2048
+NUM_ADAPTERS = 4
+
+
+def cases(device: torch.device, *, small: bool) -> Iterator[Callable[[], Case]]:
+    """Builders, so that only one case has its data on the device at a time."""
+    tokens = 8 if small else TOKENS
+    for name, (rows, columns) in (TINY if small else LLAMA).items():
+        for build in (nf4_grad_case, lora_training_case):
+            yield lambda build=build, name=name, rows=rows, columns=columns: build(name, rows, columns, tokens, device)
+
+
+def nf4_grad_case(name: str, rows: int, columns: int, tokens: int, device: torch.device) -> Case:
+    """The gradient of the NF4 linear layer against that of a dense one."""
+    weight = random_weight(rows, columns, device)
+    dtype = dtype_of(device)
+    grad = torch.randn(tokens, rows, device=device).to(dtype)
+    dense = grad.new_empty(rows, columns)
+    reference.dequantize_(*storage(weight), columns, 0, dense)
+    copies = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
+
+    def ours(index: int) -> Tensor:
+        return cuda.linear_grad(grad, *storage(copies[index]), columns)
+
+    def error() -> float:
+        return relative_error(ours(0), grad.float() @ dense.float())
+
+    contestants = {
+        "ours": Contestant(run=ours, copies=len(copies)),
+        "dense product": Contestant(run=lambda _: grad @ dense, copies=1),
+    }
+    num_bytes = weight.num_bytes + grad.nbytes + tokens * columns * dtype.itemsize
+    return Case(kernel="nf4_linear_grad", shape=f"{name} {rows}x{columns}", size=tokens, num_bytes=num_bytes,
+                contestants=contestants, error=error)  # fmt: skip
+
+
+def lora_training_case(name: str, rows: int, columns: int, tokens: int, device: torch.device) -> Case:
+    """Four DoRA adapters of rank 16 over equal shares of the tokens, update and gradients, against library products."""
+    dtype = dtype_of(device)
+    y, grad = torch.randn(2, tokens, rows, device=device).to(dtype)
+    x = torch.randn(tokens, columns, device=device).to(dtype)
+    factors = (
+        [torch.randn(RANK, columns, device=device) / columns**0.5 for _ in range(NUM_ADAPTERS)],
+        [torch.randn(rows, RANK, device=device) / RANK**0.5 for _ in range(NUM_ADAPTERS)],
+        [torch.rand(rows, device=device) + 0.5 for _ in range(NUM_ADAPTERS)],
+    )
+    rest = ([2.0] * NUM_ADAPTERS, [rows], [tokens // NUM_ADAPTERS] * NUM_ADAPTERS)
+    update, gradients = torch.ops.lorasrv.lora_update, torch.ops.lorasrv.lora_update_grad
+    if device.type == "cpu":
+        from lorasrv_kernels.lora.training.triton_kernels import lora_update as update
+        from lorasrv_kernels.lora.training.triton_kernels import lora_update_grad as gradients
+
+    def ours(_: int) -> list[Tensor]:
+        return flat(update(y, x, *factors, *rest), gradients(grad, y, x, *factors, *rest))
+
+    def library(_: int) -> list[Tensor]:
+        return flat(lora_update(y, x, *factors, *rest), lora_update_grad(grad, y, x, *factors, *rest))
+
+    def error() -> float:
+        return max(relative_error(actual, exact.float()) for actual, exact in zip(ours(0), library(0), strict=True))
+
+    contestants = {
+        "ours": Contestant(run=ours, copies=1),
+        "float32 products": Contestant(run=library, copies=1),
+    }
+    num_bytes = 5 * y.nbytes + 3 * x.nbytes
+    return Case(kernel="lora_update", shape=f"{name} {rows}x{columns} {NUM_ADAPTERS} DoRA of rank {RANK}",
+                size=tokens, num_bytes=num_bytes, contestants=contestants, error=error)  # fmt: skip
+
+
+def flat(result: Tensor, gradients: tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]) -> list[Tensor]:
+    """One list of all."""
+    grad_y, grad_x, *factors = gradients
+    return [result, grad_y, grad_x, *(tensor for group in factors for tensor in group)]
