@@ -262,7 +262,10 @@ def test_opcheck() -> None:
     arguments = (torch.zeros(3, 96), torch.randn(3, 64), arena.data, arena.table, [64, 32])
     tables = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts)
     for bias in (None, torch.randn(96)):
-        torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, (*arguments, *tables, batch.base_rows, bias))
+        for route in ((), (0, True, False)):
+            everything = (*arguments, *tables, batch.base_rows, bias, *route)
+            torch.library.opcheck(torch.ops.lorasrv.lora_apply_.default, everything)
     arena = Arena(VOCAB, [96], torch.float32, transposed_a=True)
     embedding = (torch.zeros(3, 96), torch.tensor([1, 0, 39]), arena.data, arena.table[:, 0])
-    torch.library.opcheck(torch.ops.lorasrv.lora_embed_.default, (*embedding, *tables, batch.base_rows))
+    for route in ((), (True, False)):
+        torch.library.opcheck(torch.ops.lorasrv.lora_embed_.default, (*embedding, *tables, batch.base_rows, *route))

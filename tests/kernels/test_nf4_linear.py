@@ -181,6 +181,7 @@ def test_ops_keep_torch_contracts(in_features: int) -> None:
     x = torch.randn(5, in_features)
     torch.library.opcheck(ops.nf4_linear.default, (x.clone().requires_grad_(), *storage(weight)))
     torch.library.opcheck(ops.nf4_linear_.default, (x, *storage(weight), torch.empty(5, 9)))
+    torch.library.opcheck(ops.nf4_linear_.default, (x, *storage(weight), torch.empty(5, 9), False))
     torch.library.opcheck(ops.nf4_linear_grad.default, (torch.randn(5, 9), *storage(weight), in_features))
     out = torch.empty(4, in_features)
     torch.library.opcheck(ops.nf4_dequantize_.default, (*storage(weight), in_features, 2, out))
