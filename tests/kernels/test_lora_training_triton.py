@@ -132,6 +132,7 @@ def test_through_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
+@pytest.mark.aot
 @native
 @pytest.mark.parametrize(
     ("with_d", "dtype", "capability"),
