@@ -58,6 +58,7 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     *,
     provenance: Mapping[str, object] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a PEFT adapter folder; after a crash it is there completely or not at all.
 
@@ -66,6 +67,7 @@ def write_checkpoint(
         config: The content of `adapter_config.json`, as PEFT spells it.
         tensors: Tensors by PEFT's names, in the dtypes to write.
         provenance: The content of `provenance.json`, if there is to be one.
+        beside: Other files, by name; nobody who reads the adapter opens them.
 
     Raises:
         AdapterIncompatibleError: The config could not be read back.
@@ -83,6 +85,8 @@ def write_checkpoint(
         _write(draft / CONFIG_NAME, json.dumps(config, indent=2).encode() + b"\n")
         if provenance:
             _write(draft / PROVENANCE_NAME, json.dumps(provenance, indent=2).encode() + b"\n")
+        for name, content in (beside or {}).items():
+            _write(draft / name, content)
         draft.chmod(0o755)
         _sync_folder(draft)
         draft.rename(folder)

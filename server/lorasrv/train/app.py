@@ -3,8 +3,9 @@
 Everything that can be wrong with base, data and targets is found before the first step. Knows no terminal.
 """
 
+import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,8 +29,10 @@ from lorasrv.train.data.conversation import ChatTemplate
 from lorasrv.train.data.examples import Example, Tally, encode_samples
 from lorasrv.train.data.records import read_records
 from lorasrv.train.data.samples import to_sample
+from lorasrv.train.history import HISTORY_NAME, History
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.network import TrainableModel
+from lorasrv.train.report import render_report
 from lorasrv.train.run import StepReport, TrainingRun
 
 _LONGEST_BY_DEFAULT = 2048
@@ -98,19 +101,28 @@ def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[
     checkpoints = RunCheckpoints(jobs, identities={name: _identity(config, name, data[name], model) for name in data})
     start = checkpoints.resume() if run.resume else 0
 
+    histories = RunHistories(jobs, start=start)
+
+    def after_step(step: StepReport) -> None:
+        histories.append(step)
+        report(step)
+
     def save(step: int) -> None:
         if run.save_every and step % run.save_every == 0:
             checkpoints.save(step)
 
-    training.train(range(start, run.max_steps), eval_every=run.eval_every, report=report, save=save)
+    training.train(range(start, run.max_steps), eval_every=run.eval_every, report=after_step, save=save)
     outcomes = {}
     for job in jobs:
         job.take_best()
+        after = training.evaluate(job) if job.held_out else None
+        provenance = _provenance(config, job.name, model)
+        facts = _facts(job, data[job.name].tally, before.get(job.name), after)
         outcomes[job.name] = Outcome(
-            folder=job.write(_provenance(config, job.name, model)),
+            folder=job.write(provenance, beside=histories.files(job.name, facts)),
             tally=data[job.name].tally,
             ranks=job.ranks(),
-            held_out_loss=(before[job.name], training.evaluate(job)) if job.held_out else None,
+            held_out_loss=None if after is None else (before[job.name], after),
         )
     checkpoints.remove()
     return outcomes
@@ -152,6 +164,47 @@ class _Data:
     examples: Sequence[Example]
     held_out: Sequence[Example]
     tally: Tally
+
+
+class RunHistories:
+    """The histories of all jobs of a run, each beside its checkpoints until the run ends."""
+
+    def __init__(self, jobs: Sequence[TrainingJob], *, start: int) -> None:
+        self._jobs = {job.name: job for job in jobs}
+        self._histories = {job.name: History(checkpoint_folder(job.out) / HISTORY_NAME) for job in jobs}
+        self._ranks: dict[str, dict[str, int]] = {}
+        for name, history in self._histories.items():
+            history.start(start)
+            self._ranks |= {name: dict(row["ranks"]) for row in history.rows() if "ranks" in row}
+
+    def append(self, report: StepReport) -> None:
+        """Adds a step to the history of every job that took part."""
+        for name in report.jobs:
+            ranks = self._jobs[name].ranks()
+            changed = self._ranks.get(name) != ranks
+            self._ranks[name] = ranks
+            self._histories[name].append(report, name, ranks=ranks if changed else None)
+
+    def files(self, name: str, facts: Mapping[str, str]) -> dict[str, bytes]:
+        """What is put beside a finished adapter: the history, and the page about it."""
+        rows = self._histories[name].rows()
+        page = render_report(f"Training of {name}", rows, facts=facts, modules=list(self._jobs[name].ranks()))
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        return {HISTORY_NAME: content.encode(), "report.html": page.encode()}
+
+
+def _facts(job: TrainingJob, tally: Tally, before: float | None, after: float | None) -> dict[str, str]:
+    config, ranks = job.config, list(job.ranks().values())
+    facts = {
+        "method": config.method,
+        "ranks": f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {len(ranks)} modules",
+        "data": f"{tally.examples} examples, {tally.supervised_tokens} of {tally.tokens} tokens learned",
+        "batch": f"{config.batch_size} examples a step",
+    }
+    if after is not None and before is not None:
+        best = "" if job.best is None else f", best after step {job.best.step}"
+        facts["held-out loss"] = f"{before:.4f} before, {after:.4f} after, nats a token{best}"
+    return facts
 
 
 def _check_folders(config: TrainConfig) -> None:

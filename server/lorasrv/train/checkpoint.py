@@ -148,5 +148,5 @@ class RunCheckpoints:
 
 
 def checkpoint_folder(out: Path) -> Path:
-    """Where the checkpoints of an adapter that will be in `out` are."""
-    return out.with_name(f"{out.name}.checkpoints")
+    """Where everything about the training of an adapter is until it is finished, in `out`."""
+    return out.with_name(f"{out.name}.training")

@@ -190,10 +190,10 @@ class TrainingJob:
             return self._allocator.ranks()
         return {name: plan.rank or 0 for name, plan in self.adapter.plans.items()}
 
-    def write(self, provenance: Mapping[str, object]) -> Path:
-        """Writes the adapter as a PEFT folder, whole or not at all; returns where."""
+    def write(self, provenance: Mapping[str, object], *, beside: Mapping[str, bytes]) -> Path:
+        """Writes the adapter as a PEFT folder with some files beside, whole or not at all; returns where."""
         config, tensors = self.adapter.checkpoint(self._allocator.masks if self._allocator is not None else {})
-        write_checkpoint(self.config.out, config, tensors, provenance=provenance)
+        write_checkpoint(self.config.out, config, tensors, provenance=provenance, beside=beside)
         return self.config.out
 
 

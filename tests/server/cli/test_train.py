@@ -121,8 +121,12 @@ def test_wrong_data_leaves_nothing(lorasrv, base, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def _digests(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _written(folder):
+    """Everything but how long it took."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files.pop("report.html").startswith(b"<!doctype html>")
+    rows = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
+    return files, [{**row, "seconds": None} for row in rows]
 
 
 def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path, monkeypatch):
@@ -131,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path
     shared = f"base: {base}\ndata: [{data}]\nmax_steps: 6\nbatch_size: 3\nrank: 2\nsave_every: 2\ndropout: 0.1\n"
     config.write_text(shared + "jobs:\n" + jobs)
     assert lorasrv("train", config).code == 0
-    expected = [_digests(tmp_path / name) for name in ("lora", "adalora")]
+    expected = [_written(tmp_path / name) for name in ("lora", "adalora")]
     for name in ("lora", "adalora"):
         (tmp_path / name).rename(tmp_path / f"whole-{name}")
 
@@ -147,7 +151,7 @@ def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(TrainingJob, "finish_step", killed)
         assert lorasrv("train", config).code == 130
-    assert sorted(path.name for path in (tmp_path / "lora.checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "lora.training").glob("step-*")) == [
         "step-000000002",
         "step-000000004",
     ]
@@ -166,8 +170,8 @@ def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path
         )
         assert lorasrv("train", config, "--resume").code == 0
     assert set(steps) == {4, 5}
-    assert [_digests(tmp_path / name) for name in ("lora", "adalora")] == expected
-    assert not (tmp_path / "lora.checkpoints").exists()
+    assert [_written(tmp_path / name) for name in ("lora", "adalora")] == expected
+    assert not (tmp_path / "lora.training").exists()
 
 
 def test_an_audit_marks_what_is_learned_and_trains_nothing(lorasrv, base, tmp_path):
