@@ -175,7 +175,8 @@ class RunHistories:
         self._ranks: dict[str, dict[str, int]] = {}
         for name, history in self._histories.items():
             history.start(start)
-            self._ranks |= {name: dict(row["ranks"]) for row in history.rows() if "ranks" in row}
+            for row in history.rows():
+                self._ranks[name] = row.get("ranks", self._ranks.get(name, {}))
 
     def append(self, report: StepReport) -> None:
         """Adds a step to the history of every job that took part."""
