@@ -196,6 +196,7 @@ def _suits(shape: Shape, dtype: torch.dtype, layer: Layer) -> bool:
     return dtype in DTYPES and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in plain)
 
 
+# the twins of the structures in decoder.cpp, member by member
 class _Projection(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("packed", "absmax", "nested_absmax", "offset", "weight")),
@@ -230,9 +231,19 @@ class _Decoder(ctypes.Structure):
     )
 
 
-# every member is a number or an address of eight bytes; decoder.cpp names them
+# every member is a number or an address of eight bytes
 class _Step(ctypes.Structure):
-    _fields_ = tuple((f"member{place}", ctypes.c_size_t) for place in range(35))
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("x", "num_tokens", "angles"),
+            *("arena", "table", "slot_stride", "module_stride", "rows", "weights"),
+            *("tile_slots", "tile_starts", "num_tiles", "base_rows", "num_base_rows"),
+            *("cache", "block_stride", "layer_stride", "value_offset", "cache_head_stride", "position_stride"),
+            *("slot_mapping", "block_tables", "block_table_stride", "attention_tiles", "num_attention_tiles"),
+            *("normed", "delta", "heads", "attended", "gates", "gated", "scratch", "isa", "threads"),
+        )
+    )
 
 
 def _lay_out(shape: Shape, dtype: torch.dtype, layers: Sequence[Layer], final_norm: Norm) -> _Decoder:
