@@ -4,7 +4,8 @@
 
 Candidate and baseline alternate (ABBA), so that both see the same machine; a ratio is that of one pair. Beside them
 stands the candidate against itself: a ratio within its spread says nothing. Timed only if the results agree.
-Seconds are the processor's where one thread runs, so that other processes disturb less, and the clock's elsewhere.
+GB/s count the stored weight once. Seconds are the processor's where one thread runs, so that other processes disturb
+less, and the clock's elsewhere.
 """
 
 import argparse
@@ -43,11 +44,10 @@ def main() -> None:
     isa = isa_in_use()
     print(f"native instruction set {isa.name.lower() if isa else 'none'}\n")
     print(
-        "| weight | dtype | T | nf4_linear_ ms | itself | its PyTorch path | dequantize_4bit + F.linear | F.linear ",
-        end="",
+        "| weight | dtype | T | nf4_linear_ ms | GB/s | itself | its PyTorch path | dequantize_4bit + F.linear ", end=""
     )
-    print("| dense_linear_ ms | its PyTorch path | F.linear |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| F.linear | dense_linear_ ms | its PyTorch path | F.linear |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in arguments.shapes.split(","):
         for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
             for tokens in arguments.tokens.split(","):
@@ -91,7 +91,9 @@ def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
             raise SystemExit(f"wrong result: relative error {error:.2e}")
     nf4 = [compare(candidate, other, pairs=pairs) for other in (candidate, nf4_reference, from_bitsandbytes, library)]
     plain = [compare(dense_candidate, other, pairs=pairs) for other in (dense_reference, library)]
-    return [cell for results in (nf4, plain) for cell in cells(results)]
+    stored = sum(part.nbytes for part in (weight.packed, weight.absmax, weight.nested_absmax))
+    milliseconds, *ratios = cells(nf4)
+    return [milliseconds, f"{stored / nf4[0][0] / 1e9:.1f}", *ratios, *cells(plain)]
 
 
 def cells(results: list[tuple[float, float, float, float]]) -> list[str]:
