@@ -9,7 +9,7 @@ from lorasrv.cli.console import print_json, say
 from lorasrv.cli.environment import known_variables
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
-from lorasrv.cli.training_display import show_audits, training_display
+from lorasrv.cli.training_display import show_audits, show_memory, training_display
 from lorasrv.errors import ConfigError
 from lorasrv.settings import settings_of
 from lorasrv.train.config import JobConfig, RunConfig, TrainConfig
@@ -38,6 +38,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         const=3,
         help="Train nothing; show N samples (default 3) with what is learned marked, and how much there is.",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Train nothing; show how much memory it would take, by part."
+    )
     parser.add_argument("--json", action="store_true", help="Write the outcome as JSON.")
     parser.set_defaults(run=run)
 
@@ -46,8 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, and report where the adapters are."""
     config = train_config(vars(arguments), os.environ)
     # torch comes with this
-    from lorasrv.train.app import audit_data, train
+    from lorasrv.train.app import audit_data, estimate, train
 
+    if arguments.dry_run:
+        show_memory(estimate(config), as_json=arguments.json)
+        return ExitCode.OK
     if arguments.audit is not None:
         show_audits(audit_data(config, num_samples=arguments.audit), as_json=arguments.json)
         return ExitCode.OK

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lorasrv.cli.console import print_json, say
+from lorasrv.cli.console import print_json, print_table, say
 from lorasrv.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasrv.train.audit import Audit, AuditedExample
+    from lorasrv.train.memory import MemoryPart
     from lorasrv.train.run import StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -64,6 +65,20 @@ def show_audits(audits: Mapping[str, "Audit"], *, as_json: bool) -> None:
             )
             console.print(_marked(sample, in_colour=console.is_terminal))
         say(f"{name}: {_counts(audit)}")
+
+
+def show_memory(parts: Sequence["MemoryPart"], *, as_json: bool) -> None:
+    """Write an estimate of memory, by part."""
+    resident = sum(part.num_bytes for part in parts if not part.paged)
+    if as_json:
+        print_json({"parts": [asdict(part) for part in parts], "resident_bytes": resident})
+        return
+    rows = [(part.name + (" (paged)" if part.paged else ""), _gib(part.num_bytes)) for part in parts]
+    print_table(("memory", "GiB"), [*rows, ("together, without what is paged", _gib(resident))])
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3f}"
 
 
 def _marked(sample: "AuditedExample", *, in_colour: bool) -> Text:

@@ -31,6 +31,7 @@ from lorasrv.train.data.records import read_records
 from lorasrv.train.data.samples import to_sample
 from lorasrv.train.history import HISTORY_NAME, History
 from lorasrv.train.job import TrainingJob
+from lorasrv.train.memory import MemoryPart, estimate_memory
 from lorasrv.train.network import TrainableModel
 from lorasrv.train.report import render_report
 from lorasrv.train.run import StepReport, TrainingRun
@@ -149,6 +150,30 @@ def audit_data(config: TrainConfig, *, num_samples: int) -> dict[str, Audit]:
         )
         for name, found in data.items()
     }
+
+
+def estimate(config: TrainConfig) -> list[MemoryPart]:
+    """The memory a run will take, by part; reads the base's config, no weight and no data.
+
+    Raises:
+        ConfigError: the device is not there.
+        ModelLoadError: the base cannot be used.
+    """
+    device = resolve_device(config.run.device)
+    model = read_model_config(_base_folder(config))
+    # the largest of what the jobs ask for
+    asked = {job.optimizer for job in config.jobs.values()}
+    optimizer = "adamw" if device.type == "cpu" or "adamw" in asked else min(asked)
+    if optimizer == "auto":
+        optimizer = "paged_adamw"
+    return estimate_memory(
+        model,
+        config.run,
+        config.jobs,
+        dtype_bytes=resolve_dtype(config.run.dtype, device).itemsize,
+        optimizer=optimizer,
+        max_tokens=_max_tokens(config, model.max_position_embeddings),
+    )
 
 
 def _base_folder(config: TrainConfig) -> Path:

@@ -190,3 +190,15 @@ def test_an_audit_marks_what_is_learned_and_trains_nothing(lorasrv, base, tmp_pa
     assert not (tmp_path / "adapter").exists()
     as_json = lorasrv("train", *flags_of(base, data), "--out", tmp_path / "adapter", "--audit", "--json")
     assert as_json.json["adapter"]["samples"][0]["pieces"] == [["Question 0?", False], [" Answer 0.</s>", True]]
+
+
+def test_a_dry_run_tells_the_memory_and_does_nothing(lorasrv, base, tmp_path):
+    flags = ("--base", base, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "adapter", "--dry-run")
+    end = lorasrv("train", *flags)
+    assert end.code == 0, end.err
+    assert end.out.splitlines()[-1].startswith("together, without what is paged")
+    parts = lorasrv("train", *flags, "--json").json
+    assert parts["resident_bytes"] == sum(part["num_bytes"] for part in parts["parts"])
+    more = lorasrv("train", *flags, "--rank", 64, "--json").json
+    assert more["resident_bytes"] > parts["resident_bytes"]
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,124 @@
+"""How much memory a run will take, by part, from the model's sizes alone. Knows no tensor and loads nothing.
+
+Letters: T tokens at a time, I hidden size, and F the inner width of the feed-forward part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorasrv_adapters.config import parse_adapter_config
+
+from lorasrv.model.config import ModelConfig
+from lorasrv.model.tensors import linear_shapes, wide_shapes
+from lorasrv.train.config import JobConfig, RunConfig
+from lorasrv.train.job import adapter_config
+from lorasrv.train.loss import CHUNK_ELEMENTS
+
+_WEIGHT = ".weight"
+# two float32 each, or two bytes and two absmax of 256
+_MOMENT_BYTES: Mapping[str, float] = {
+    **dict.fromkeys(("adamw", "paged_adamw"), 8),
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), 2 + 8 / 256),
+}
+_FLOAT = 4
+# logits, their softmax and its rounded copy
+_LOGIT_COPIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """One use of memory.
+
+    Attributes:
+        name: what for.
+        num_bytes: how much.
+        paged: whether the driver moves it to the host where the device is full.
+    """
+
+    name: str
+    num_bytes: int
+    paged: bool = False
+
+
+def estimate_memory(
+    model: ModelConfig,
+    run: RunConfig,
+    jobs: Mapping[str, JobConfig],
+    *,
+    dtype_bytes: int,
+    optimizer: str,
+    max_tokens: int,
+) -> list[MemoryPart]:
+    """What a run holds at its fullest moment, on the way back through one layer.
+
+    Args:
+        model: the base.
+        run, jobs: what is trained.
+        dtype_bytes: of an activation.
+        optimizer: which one it will be, "auto" resolved.
+        max_tokens: of the longest example.
+    """
+    shapes = {name.removesuffix(_WEIGHT): shape for name, shape in linear_shapes(model).items()}
+    parameters = sum(_parameters(job, shapes, run.max_steps) for job in jobs.values())
+    tokens = max(run.micro_batch_tokens, max_tokens)
+    doras = any(job.method == "dora" for job in jobs.values())
+    layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras)
+    kept = tokens * model.hidden_size * dtype_bytes * model.num_layers
+    return [
+        MemoryPart(name="base, linear layers", num_bytes=_linear_bytes(shapes, run, dtype_bytes)),
+        MemoryPart(name="base, everything else", num_bytes=_wide_bytes(model, dtype_bytes)),
+        MemoryPart(name="adapters", num_bytes=_FLOAT * parameters),
+        MemoryPart(name="gradients", num_bytes=_FLOAT * parameters),
+        MemoryPart(
+            name="optimizer states",
+            num_bytes=round(_MOMENT_BYTES[optimizer] * parameters),
+            paged=optimizer.startswith("paged"),
+        ),
+        MemoryPart(name="activations, kept", num_bytes=kept if run.checkpoint_layers else layer * model.num_layers),
+        MemoryPart(name="activations, of the layer at hand", num_bytes=layer if run.checkpoint_layers else 0),
+        MemoryPart(
+            name="logits, a chunk of them",
+            num_bytes=_LOGIT_COPIES * _FLOAT * min(CHUNK_ELEMENTS, tokens * model.vocab_size),
+        ),
+    ]
+
+
+def _parameters(job: JobConfig, shapes: Mapping[str, tuple[int, int]], max_steps: int) -> int:
+    config = parse_adapter_config(adapter_config(job, base_name="", max_steps=max_steps))
+    chosen = [shapes[name] for name in config.targets.select(shapes, all_linear=shapes)]
+    return sum(job.start_rank * (rows + columns) + _extra_elements(job, rows) for rows, columns in chosen)
+
+
+def _extra_elements(job: JobConfig, rows: int) -> int:
+    """Trained elements of a module beside A and B: DoRA's magnitude, AdaLoRA's lambda."""
+    if job.method == "dora":
+        return rows
+    return job.start_rank if job.method == "adalora" else 0
+
+
+def _linear_bytes(shapes: Mapping[str, tuple[int, int]], run: RunConfig, dtype_bytes: int) -> int:
+    sizes = [rows * columns for rows, columns in shapes.values()]
+    if not run.quantize:
+        return dtype_bytes * sum(sizes)
+    return sum(-(-size // 2) - (-size // 64) - 4 * (-size // 16384) + 4 for size in sizes)
+
+
+def _wide_bytes(model: ModelConfig, dtype_bytes: int) -> int:
+    sizes = [shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in wide_shapes(model).values()]
+    return dtype_bytes * sum(sizes)
+
+
+def _layer_bytes(model: ModelConfig, dtype_bytes: int, *, dora: bool) -> int:
+    """Bytes a token that autograd keeps of one layer: see `lorasrv.train.network`."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    # the norms' inputs in float32
+    wide = _FLOAT * 2 * hidden
+    # inputs of adapters, then queries, keys and values repeated for every head, and what attention gives
+    narrow = 2 * hidden + 4 * heads
+    # gate, its activation, up, and their product
+    narrow += 4 * inner
+    if dora:
+        # the base's own outputs
+        narrow += heads + 2 * kv_heads + 2 * hidden + 2 * inner
+    return wide + dtype_bytes * narrow

@@ -1,0 +1,78 @@
+"""The estimate of a run's memory: the paper's largest setting, and the parts that can be counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lorasrv.embedded import embedded_base
+from lorasrv.model.config import ModelConfig, parse_model_config, read_model_config
+from lorasrv.model.loader import load_model
+from lorasrv.train.config import JobConfig, RunConfig
+from lorasrv.train.job import TrainingJob
+from lorasrv.train.memory import MemoryPart, estimate_memory
+from lorasrv_kernels.nf4 import NF4Weight
+
+LLAMA_65B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def parts(
+    model: ModelConfig, *, tokens: int = 512, optimizer: str = "paged_adamw", **options: Any
+) -> dict[str, MemoryPart]:
+    job = JobConfig(out=Path("/x"), data=(Path("/x"),), **options)
+    run = RunConfig(micro_batch_tokens=tokens)
+    found = estimate_memory(model, run, {"one": job}, dtype_bytes=2, optimizer=optimizer, max_tokens=tokens)
+    return {part.name: part for part in found}
+
+
+def test_65_billion_parameters_fit_48_gb_as_in_the_paper() -> None:
+    """QLoRA (https://arxiv.org/abs/2305.14314): rank 64 on all linear layers, one sequence of 512, paged optimizer."""
+    found = parts(parse_model_config(LLAMA_65B), rank=64)
+    resident = sum(part.num_bytes for part in found.values() if not part.paged)
+    assert 40e9 < resident < 48e9
+    assert found["optimizer states"].paged
+    # 0.80 billion trained parameters
+    assert found["adapters"].num_bytes == pytest.approx(4 * 0.80e9, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_base_and_adapters_are_what_is_loaded(method: str) -> None:
+    model = load_model(embedded_base(), dtype=torch.bfloat16)
+    found = parts(read_model_config(embedded_base()), method=method, rank=6)
+    weights = [weight for _, weight in model.stored()]
+    quantized = sum(weight.num_bytes for weight in weights if isinstance(weight, NF4Weight))
+    assert found["base, linear layers"].num_bytes == quantized
+    assert found["base, everything else"].num_bytes == model.num_bytes - quantized
+    config = JobConfig(out=Path("/x"), data=(Path("/x"),), method=method, rank=6)  # type: ignore[arg-type]
+    job = TrainingJob(
+        "one",
+        config,
+        base=model.base,
+        base_name="b",
+        examples=[None],
+        held_out=[],
+        max_steps=10,
+        seed=0,  # type: ignore[list-item]
+    )
+    elements = sum(tensor.numel() for tensor in job.adapter.parameters.tensors.values())
+    assert found["adapters"].num_bytes == found["gradients"].num_bytes == 4 * elements
+
+
+def test_checkpointed_layers_and_8_bit_states_take_less() -> None:
+    model = parse_model_config(LLAMA_65B)
+    run = RunConfig(micro_batch_tokens=512, checkpoint_layers=False)
+    job = JobConfig(out=Path("/x"), data=(Path("/x"),))
+    kept = estimate_memory(model, run, {"a": job}, dtype_bytes=2, optimizer="adamw", max_tokens=512)
+    whole, checkpointed = sum(part.num_bytes for part in kept if "activations" in part.name), parts(model)
+    assert sum(part.num_bytes for name, part in checkpointed.items() if "activations" in name) < 0.1 * whole
+    assert parts(model, optimizer="adamw_8bit")["optimizer states"].num_bytes < 0.26 * kept[4].num_bytes
