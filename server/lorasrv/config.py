@@ -77,11 +77,11 @@ class ServeConfig:
         "Answers that do not depend, bit for bit, on other requests; auto is on for the CPU and off for a GPU.",
         metavar="auto|on|off",
     )
-    cpu_isa: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"] = setting(
+    cpu_isa: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16", "amx"] = setting(
         "auto",
-        choice("auto", "portable", "avx2", "avx512", "avx512_bf16"),
+        choice("auto", "portable", "avx2", "avx512", "avx512_bf16", "amx"),
         "The instruction set of native kernels on a CPU; auto takes the widest there is, others are for comparing.",
-        metavar="auto|portable|avx2|avx512|avx512_bf16",
+        metavar="auto|portable|avx2|avx512|avx512_bf16|amx",
     )
     cuda_graphs: Literal["on", "off"] = setting(
         "on",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,11 +28,15 @@ ROWS = [(1,), (7,), (33,), (100,), (96, 1, 35)]
 TOKENS = (0, 1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17, 63, 256)
 WIDEST = widest_isa()
 ISAS = [] if WIDEST is None else [isa for isa in Isa if isa <= WIDEST]
+VERSIONS = [(isa, dtype) for isa in ISAS for dtype in DTYPES]
+if Isa.AVX512_BF16 in ISAS:
+    VERSIONS.append((Isa.AMX_EMULATED, torch.bfloat16))
 
 needs_library = pytest.mark.skipif(library.load() is None, reason="native library not built (make native)")
-each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+each_version = pytest.mark.parametrize(("isa", "dtype"), VERSIONS, ids=lambda part: getattr(part, "name", str(part)))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_kind = pytest.mark.parametrize("kind", ["nf4", "dense"])
+needs_emulation = pytest.mark.skipif(Isa.AVX512_BF16 not in ISAS, reason="tiles in software take AVX-512-BF16")
 
 
 def storage(weight: NF4Weight) -> tuple[Any, ...]:
@@ -58,8 +63,7 @@ def run(linear: Linear, x: Tensor, out_features: int) -> Tensor:
 
 
 @needs_library
-@each_isa
-@each_dtype
+@each_version
 @each_kind
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("in_features", [64, 192, 1088, 4096])
@@ -79,8 +83,70 @@ def test_values_and_bits(kind: str, in_features: int, dtype: torch.dtype, isa: I
 
 
 @needs_library
-@each_isa
-@each_dtype
+@each_version
+@each_kind
+def test_any_number_of_tokens(kind: str, dtype: torch.dtype, isa: Isa) -> None:
+    linear, _ = layer(kind, (33,), 128, dtype, isa)
+    x = torch.randn(256, 128).to(dtype)
+    together = run(linear, x, 33)
+    for count in range(1, 256):
+        assert torch.equal(run(linear, x[256 - count :], 33), together[256 - count :]), count
+
+
+def tile_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the order in which AMX tiles add; [T, O] float32."""
+    sums = torch.zeros(len(x), len(weight))
+    for start in range(0, x.shape[1], 32):
+        chains = torch.zeros(2, *sums.shape)
+        for k in range(start, start + 32):
+            # in float64 a product is exact, and so is its sum with a float32 number of similar size
+            chains[k % 2] = (x[:, k].double().outer(weight[:, k].double()) + chains[k % 2].double()).float()
+        sums += chains[0] + chains[1]
+    return sums
+
+
+@needs_emulation
+def test_the_emulation_adds_in_the_order_of_tiles() -> None:
+    """Sums that would be zero are what rounding leaves, which every change of order changes."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(37, 96).bfloat16(), torch.randn(50, 96).bfloat16()
+    x, weight = torch.cat([x, x.roll(5, 1)], 1), torch.cat([weight, -weight.roll(5, 1)], 1)
+    expected = tile_sums(x, weight).bfloat16()
+    assert (expected != 0).float().mean() > 0.5
+    actual = run(lambda x, out: dense_native.linear_(x, weight, out, isa=Isa.AMX_EMULATED), x, 50)
+    assert torch.equal(actual, expected)
+
+
+@needs_emulation
+def test_tiles_take_subnormal_numbers_as_zero() -> None:
+    x, weight = torch.full((3, 64), 2.0**-130).bfloat16(), torch.full((5, 64), 2.0**100).bfloat16()
+    assert (run(lambda x, out: dense_native.linear_(x, weight, out, isa=Isa.AMX_EMULATED), x, 5) == 0).all()
+
+
+@needs_emulation
+def test_over_tiles_an_nf4_weight_gives_the_bits_of_the_same_weight_dequantized() -> None:
+    x = torch.randn(21, 192).bfloat16()
+    results = [run(layer(kind, (40, 9), 192, x.dtype, Isa.AMX_EMULATED)[0], x, 49) for kind in ("nf4", "dense")]
+    assert torch.equal(*results)
+
+
+@pytest.mark.skipif(Isa.AMX not in ISAS, reason="no AMX on this machine, or its system withholds it")
+@each_kind
+def test_tiles_give_the_bits_of_the_emulation(kind: str) -> None:
+    x = torch.randn(70, 1088).bfloat16()
+    results = [run(layer(kind, (100, 33), 1088, x.dtype, isa)[0], x, 133) for isa in (Isa.AMX, Isa.AMX_EMULATED)]
+    assert torch.equal(*results)
+
+
+def test_tiles_serve_only_where_the_processor_has_them() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "amx_bf16" in flags.read_text():
+        pytest.skip("no list of the processor's features, or it has AMX")
+    assert Isa.AMX not in ISAS
+
+
+@needs_library
+@each_version
 @each_kind
 def test_threads_change_no_bit(kind: str, dtype: torch.dtype, isa: Isa, num_threads: int) -> None:
     linear, _ = layer(kind, (192, 100, 33), 1088, dtype, isa)
@@ -93,8 +159,7 @@ def test_threads_change_no_bit(kind: str, dtype: torch.dtype, isa: Isa, num_thre
 
 
 @needs_library
-@each_isa
-@each_dtype
+@each_version
 @each_kind
 def test_a_neighbour_that_is_not_finite_changes_no_bit(kind: str, dtype: torch.dtype, isa: Isa) -> None:
     linear, _ = layer(kind, (50,), 128, dtype, isa)
@@ -175,6 +240,15 @@ def test_an_instruction_set_that_is_lacking_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("lorasrv_kernels.cpu.isa.widest_isa", lambda: Isa.AVX2)
     with pytest.raises(KernelError, match=r"one of portable, avx2 on this machine, got 'avx512'"):
         force_isa("avx512")
+
+
+@pytest.mark.usefixtures("unforced_isa")
+def test_the_emulation_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasrv_kernels.cpu.isa.widest_isa", lambda: Isa.AMX)
+    force_isa("amx")
+    assert isa_in_use() is Isa.AMX
+    with pytest.raises(KernelError, match=r"avx512_bf16, amx on this machine, got 'amx_emulated'"):
+        force_isa("amx_emulated")
 
 
 @pytest.mark.usefixtures("unforced_isa")

@@ -16,8 +16,8 @@ LORASRV_OPERATION __m512 add_quarters(__m512 a, __m512 b) {
 
 // four sums, each to one value per 128 bits
 LORASRV_OPERATION __m512 add_four(const float* sums) {
-    return add_quarters(add_halves(load_sum(sums), load_sum(sums + 16)),
-                        add_halves(load_sum(sums + 32), load_sum(sums + 48)));
+    return add_quarters(add_halves(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16)),
+                        add_halves(_mm512_loadu_ps(sums + 32), _mm512_loadu_ps(sums + 48)));
 }
 
 // adds the lanes of each of 16 sums: the same tree for every one of them

@@ -19,6 +19,9 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
+    # tiles in software, for tests: wherever AVX512_BF16 is; no machine reports it, so it cannot be chosen
+    AMX_EMULATED = 5
 
 
 class _Choice:

@@ -16,12 +16,12 @@ constexpr int64_t kPanelPad = 64;           // bytes between rows, so that they 
 constexpr int64_t kRowGroup = 16;           // rows a thread takes at least
 constexpr int64_t kParallelWork = 1 << 15;  // blocks times tokens below which waking threads costs more
 
-// [dtype][isa]; a version with AMX tiles would stand at the end
+// [dtype][isa]
 const LinearKernels& kernels_of(int32_t isa, int32_t dtype) {
 #if defined(__x86_64__)
-    static const LinearKernels* const versions[2][4] = {
-        {&kPortableLinear, &kAvx2Linear, &kAvx512Linear, &kAvx512Linear},
-        {&kPortableLinear, &kAvx2Linear, &kAvx512Linear, &kAvx512Bf16Linear},
+    static const LinearKernels* const versions[2][6] = {
+        {&kPortableLinear, &kAvx2Linear, &kAvx512Linear, &kAvx512Linear, &kAvx512Linear, &kAvx512Linear},
+        {&kPortableLinear, &kAvx2Linear, &kAvx512Linear, &kAvx512Bf16Linear, &kAmxLinear, &kAmxEmulatedLinear},
     };
     return *versions[dtype][isa];
 #else
@@ -56,6 +56,11 @@ struct Scratch {
 
 void widen(const uint16_t* from, int64_t blocks, void* to) {
     for (int64_t i = 0; i < blocks * kBlock; ++i) static_cast<float*>(to)[i] = from_bfloat16(from[i]);
+}
+
+void widen_tokens(const TokenBlocks& blocks, void* to) {
+    const int64_t start = blocks.first * kBlock;
+    widen(blocks.x + start, blocks.last - blocks.first, static_cast<float*>(to) + start);
 }
 
 char* aligned(void* pointer) {
@@ -136,17 +141,19 @@ void dense_rows(const LinearKernels& kernels, const void* weight, const Tokens& 
 
 // Tokens as the kernels take them, if that is not as they are: `change` writes them to `to`.
 struct Prepared {
-    void (*change)(const uint16_t* from, int64_t blocks, void* to);
+    void (*change)(const TokenBlocks& blocks, void* to);
+    int64_t group;
     const void* from;
     void* to;
-    int64_t blocks;
-    int64_t block_bytes;
+    int64_t tokens;
+    int64_t in_features;
 
     const void* x() const { return change ? to : from; }
     void part(int64_t thread, int64_t count) const {
-        const int64_t first = blocks * thread / count, last = blocks * (thread + 1) / count;
-        change(static_cast<const uint16_t*>(from) + first * kBlock, last - first,
-               static_cast<char*>(to) + first * block_bytes);
+        const int64_t blocks = (tokens + group - 1) / group * (in_features / kBlock);
+        change({static_cast<const uint16_t*>(from), tokens, in_features, blocks * thread / count,
+                blocks * (thread + 1) / count},
+               to);
     }
 };
 
@@ -192,8 +199,8 @@ extern "C" void lorasrv_nf4_linear(const void* x, const uint8_t* packed, const u
     for (int64_t index = 0; index < num_slices; ++index) rows += out_features[index];
     char* base = aligned(memory);
     const bool bfloat16 = dtype == kBfloat16;
-    const Prepared prepared{widens(kernels, dtype) ? widen : kernels.arrange, x, base, tokens * row_blocks,
-                            kBlock * kernels.element_bytes};
+    const Prepared prepared{widens(kernels, dtype) ? widen_tokens : kernels.arrange, kernels.group, x, base, tokens,
+                            in_features};
     const Tokens all{prepared.x(), tokens, in_features, out, rows, bfloat16};
     share_rows(rows, rows * row_blocks * (tokens + 4), threads, prepared,
                [&](int64_t start, int64_t stop, int64_t thread) {
@@ -210,12 +217,13 @@ extern "C" void lorasrv_dense_linear(const void* x, const void* weight, int64_t 
     const Scratch scratch(kernels, tokens, in_features, dtype);
     char* base = aligned(memory);
     const int64_t row_blocks = in_features / kBlock;
-    const Prepared prepared{widens(kernels, dtype) ? widen : nullptr, x, base, tokens * row_blocks,
-                            kBlock * kernels.element_bytes};
+    const bool widened = widens(kernels, dtype);
+    const Prepared prepared{widened ? widen_tokens : kernels.group > 1 ? kernels.arrange : nullptr, kernels.group, x,
+                            base, tokens, in_features};
     const Tokens all{prepared.x(), tokens, in_features, out, rows, dtype == kBfloat16};
     share_rows(rows, rows * row_blocks * (tokens + 4), threads, prepared,
                [&](int64_t start, int64_t stop, int64_t thread) {
                    char* panel = base + scratch.x_bytes + thread * scratch.thread_bytes;
-                   dense_rows(kernels, weight, all, start, stop, scratch, prepared.change ? panel : nullptr);
+                   dense_rows(kernels, weight, all, start, stop, scratch, widened ? panel : nullptr);
                });
 }

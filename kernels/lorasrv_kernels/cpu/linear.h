@@ -12,7 +12,7 @@
 
 constexpr int64_t kMaxPanelRows = 64;
 
-// x [tokens, I] and out [tokens, O], both with rows of their own stride.
+// x [tokens, I], or what `arrange` made of it, and out [tokens, O], both with rows of their own stride.
 struct Tokens {
     const void* x;
     int64_t count;
@@ -20,6 +20,15 @@ struct Tokens {
     void* out;  // at the first output row of the call
     int64_t out_stride;
     bool bfloat16_out;
+};
+
+// Blocks [first, last) of x [tokens, I], counted along I for one token, or group of tokens, after the other.
+struct TokenBlocks {
+    const uint16_t* x;
+    int64_t tokens;
+    int64_t in_features;
+    int64_t first;
+    int64_t last;
 };
 
 // Rows of codes of one slice, with their scales.
@@ -39,9 +48,10 @@ struct Next {
 
 struct LinearKernels {
     int32_t element_bytes;     // of x and of a panel
-    int64_t few_tokens;        // up to here `multiply_codes` serves
-    // null, or puts `blocks` blocks of a token in the order in which `dequantize` and `multiply_codes` take weights
-    void (*arrange)(const uint16_t* from, int64_t blocks, void* to);
+    int64_t few_tokens;        // up to here `multiply_codes` serves; -1 for never
+    int64_t group;             // tokens that `arrange` puts together; if more than 1, over dense weights too
+    // null, or puts `blocks` in the order in which `dequantize` and `multiply_codes` take weights
+    void (*arrange)(const TokenBlocks& blocks, void* to);
     // the scales of `blocks` blocks, with the bits of Slice::scale
     void (*fill_scales)(const Slice& slice, int64_t first_block, int64_t blocks, float* scales);
     // weights of `codes` into panel [rows, I], rows `stride` elements apart
@@ -56,3 +66,8 @@ extern const LinearKernels kPortableLinear;
 extern const LinearKernels kAvx2Linear;
 extern const LinearKernels kAvx512Linear;
 extern const LinearKernels kAvx512Bf16Linear;
+extern const LinearKernels kAmxLinear;
+extern const LinearKernels kAmxEmulatedLinear;
+
+// Whether tiles give what their emulation gives; only where the processor has them and the system lets them be used.
+bool check_amx_linear();

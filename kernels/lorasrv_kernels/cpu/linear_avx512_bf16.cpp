@@ -49,8 +49,8 @@ LORASRV_OPERATION Vector decode(Table table, const uint8_t* codes, int part) {
     return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, shifts), table);
 }
 
-// `blocks` blocks of tokens in the order of decoded weights.
-LORASRV_TARGET void arrange(const uint16_t* from, int64_t blocks, void* to) {
+// Tokens in the order of decoded weights.
+LORASRV_TARGET void arrange(const TokenBlocks& blocks, void* to) {
     alignas(64) uint16_t places[2][32];
     for (int i = 0; i < 16; ++i) {
         places[0][i] = static_cast<uint16_t>(4 * i + 1);
@@ -59,8 +59,8 @@ LORASRV_TARGET void arrange(const uint16_t* from, int64_t blocks, void* to) {
         places[1][16 + i] = static_cast<uint16_t>(4 * i + 2);
     }
     const Vector first = load(places[0]), second = load(places[1]);
-    for (int64_t block = 0; block < blocks; ++block) {
-        const Vector low = load(from + block * kBlock), high = load(from + block * kBlock + kStep);
+    for (int64_t block = blocks.first; block < blocks.last; ++block) {
+        const Vector low = load(blocks.x + block * kBlock), high = load(blocks.x + block * kBlock + kStep);
         Element* out = static_cast<Element*>(to) + block * kBlock;
         store(out, _mm512_permutex2var_epi16(low, first, high));
         store(out + kStep, _mm512_permutex2var_epi16(low, second, high));

@@ -210,7 +210,7 @@ void multiply_rows(const void* weights, int64_t stride, int64_t rows, const Toke
     }
 }
 
-constexpr LinearKernels kKernels{sizeof(Element), kFewTokens, arrange, fill_scales, dequantize_rows, multiply_rows,
-                                 multiply_few_count<kFewTokens>};
+constexpr LinearKernels kKernels{sizeof(Element), kFewTokens,      1,             arrange,
+                                 fill_scales,     dequantize_rows, multiply_rows, multiply_few_count<kFewTokens>};
 
 }  // namespace
