@@ -6,13 +6,12 @@ Knows the tokenizer; knows no batch.
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from lorasrv.errors import TrainingDataError
 from lorasrv.model.tokenizer import Tokenizer
+from lorasrv.train.config import OverLong
 from lorasrv.train.data.samples import Sample
 
-OverLong = Literal["drop", "truncate", "refuse"]
 MAX_REASONS = 20
 
 
