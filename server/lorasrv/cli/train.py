@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({name: outcome.summary() for name, outcome in outcomes.items()})
     for outcome in outcomes.values():
-        say(f"to serve it: lorasrv serve {config.run.base or ''} --adapter {outcome.folder.name}={outcome.folder}")
+        base = f"{config.run.base} " if config.run.base else ""
+        say(f"to serve it: lorasrv serve {base}--adapter {outcome.folder.name}={outcome.folder}")
     return ExitCode.OK
 
 
