@@ -60,7 +60,7 @@ class BaseModel(Protocol):
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a weight as served (dequantized): a new [stop - start, width], fp32, where the base is.
 
-        Rows of an embedding are those of tokens; a norm has no rows.
+        Rows of an embedding are those of tokens; of a norm its elements, [stop - start].
         """
 
 

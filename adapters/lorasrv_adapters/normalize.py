@@ -24,7 +24,6 @@ from torch import Tensor
 from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.config import AdapterConfig, Kind
 from lorasrv_adapters.errors import AdapterIncompatibleError
-from lorasrv_adapters.plan import ModulePlan
 from lorasrv_adapters.tensors import ModuleTensors, group_tensors
 
 NORM_CHUNK_ELEMENTS = 1 << 22
@@ -135,6 +134,37 @@ def normalize(config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseMo
     )
 
 
+def adapted_norms(name: str, a: Tensor, b: Tensor, base: BaseModel) -> Tensor:
+    """Norms of the rows of W + B A, directly and in chunks: the expanded form cancels digits away.
+
+    Args:
+        name: Of the module.
+        a: [R, I] fp32.
+        b: [O, R] fp32.
+        base: The base as it is served.
+
+    Returns:
+        [O] fp32, on the CPU.
+    """
+    module = base.modules[name]
+    num_rows, width = module.weight_shape
+    over_tokens = module.kind == "embedding"
+    squares = torch.zeros(module.out_features, dtype=torch.float64)
+    chunk_rows = max(1, NORM_CHUNK_ELEMENTS // max(width, 1))
+    for start in range(0, num_rows, chunk_rows):
+        stop = min(start + chunk_rows, num_rows)
+        weight = base.weight_rows(name, start, stop)
+        # to where the base is; done once
+        a, b = a.to(weight), b.to(weight)
+        if over_tokens:
+            adapted = torch.addmm(weight, a[:, start:stop].T, b.T)
+            squares += torch.linalg.vector_norm(adapted, dim=0).double().square().cpu()
+        else:
+            adapted = torch.addmm(weight, b[start:stop], a)
+            squares[start:stop] = torch.linalg.vector_norm(adapted, dim=1).double().square().cpu()
+    return squares.sqrt().float()
+
+
 def adapter_digest(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 over the canonical config and all tensors: name, dtype, shape and bytes of each."""
     digest = hashlib.sha256(b"lorasrv-adapter-1\n" + config.canonical() + b"\n")
@@ -163,7 +193,7 @@ def _normalize_module(config: AdapterConfig, name: str, group: ModuleTensors, ba
         keep = group.surviving_rows()
         a, b = a[keep], b[:, keep] * group.tensors["e"].float().reshape(-1)[keep]
     if "magnitude" in group.tensors:
-        norm = _norms(name, plan, a, b, base)
+        norm = adapted_norms(name, a, b, base)
         if not bool((norm > 0).all()):
             raise _UnusableModuleError("a row of W + s B A has norm zero, which DoRA divides by")
         d = group.tensors["magnitude"].float() / norm
@@ -192,23 +222,3 @@ def _bias(group: ModuleTensors, *, scale: float) -> Tensor | None:
         return None if own is None else own.float()
     inherited = group.plan.base.bias if own is None else own.float()
     return on_b.float() * scale if inherited is None else inherited + on_b.float() * scale
-
-
-def _norms(name: str, plan: ModulePlan, a: Tensor, b: Tensor, base: BaseModel) -> Tensor:
-    """Norms of the rows of W + B A, [O] fp32, directly and in chunks: the expanded form cancels digits away."""
-    num_rows, width = plan.base.weight_shape
-    over_tokens = plan.base.kind == "embedding"
-    squares = torch.zeros(plan.base.out_features, dtype=torch.float64)
-    chunk_rows = max(1, NORM_CHUNK_ELEMENTS // max(width, 1))
-    for start in range(0, num_rows, chunk_rows):
-        stop = min(start + chunk_rows, num_rows)
-        weight = base.weight_rows(name, start, stop)
-        # to where the base is; done once
-        a, b = a.to(weight), b.to(weight)
-        if over_tokens:
-            adapted = torch.addmm(weight, a[:, start:stop].T, b.T)
-            squares += torch.linalg.vector_norm(adapted, dim=0).double().square().cpu()
-        else:
-            adapted = torch.addmm(weight, b[start:stop], a)
-            squares[start:stop] = torch.linalg.vector_norm(adapted, dim=1).double().square().cpu()
-    return squares.sqrt().float()

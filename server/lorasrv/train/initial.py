@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from lorasrv_adapters.base import BaseModel
 from lorasrv_adapters.config import Kind
-from lorasrv_adapters.normalize import NormalizedModule
+from lorasrv_adapters.normalize import NormalizedModule, adapted_norms
 from lorasrv_adapters.plan import ModulePlan
 from torch import Tensor
 
 # what AdaLoRA's authors draw P and Q from
 _ADALORA_DEVIATION = 0.02
-_NORM_ROWS = 512
 _POWER_ITERATIONS = 8
 _OVERSAMPLED = 8
 
@@ -57,16 +56,9 @@ class Place:
         """W, all of it: [O, I] float32."""
         return self.base.weight_rows(self.name, 0, self.plan.base.out_features)
 
-    def row_norms(self, update: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[O]: of the rows of W, or of W + B A for `update` (A, B)."""
-        num_rows = self.plan.base.out_features
-        pieces = []
-        for start in range(0, num_rows, _NORM_ROWS):
-            rows = self.base.weight_rows(self.name, start, min(start + _NORM_ROWS, num_rows))
-            if update is not None:
-                rows += update[1][start : start + _NORM_ROWS] @ update[0]
-            pieces.append(rows.norm(dim=1))
-        return torch.cat(pieces)
+    def norms(self, a: Tensor, b: Tensor) -> Tensor:
+        """[O]: of the rows of W + B A."""
+        return adapted_norms(self.name, a, b, self.base)
 
 
 def drawn(place: Place, generator: torch.Generator, *, gaussian: bool) -> Tensors:
@@ -81,7 +73,7 @@ def drawn(place: Place, generator: torch.Generator, *, gaussian: bool) -> Tensor
         bound = 1 / math.sqrt(shape_a[1])
         a = torch.empty(shape_a).uniform_(-bound, bound, generator=generator)
     tensors = {"a": a, "b": torch.zeros(shape_b)}
-    return tensors | {"magnitude": place.row_norms()} if place.kind == "dora" else tensors
+    return tensors | {"magnitude": place.norms(tensors["a"], tensors["b"])} if place.kind == "dora" else tensors
 
 
 def principal(place: Place, generator: torch.Generator) -> Tensors:
@@ -121,7 +113,7 @@ def continued(place: Place, found: NormalizedModule, generator: torch.Generator)
     tensors["a"][: found.rank] = found.a
     tensors["b"][:, : found.rank] = update / place.scale
     if place.kind == "dora":
-        norms = place.row_norms((found.a, update))
+        norms = place.norms(found.a, update)
         tensors["magnitude"] = norms if found.d is None else norms * found.d
     return tensors
 

@@ -1,0 +1,1 @@
+"""Adapters made part of the base, or made one adapter."""
