@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.audit is not None:
         show_audits(audit_data(config, num_samples=arguments.audit), as_json=arguments.json)
         return ExitCode.OK
-    with training_display(config) as report:
-        outcomes = train(config, report=report)
+    with training_display(config) as display:
+        outcomes = train(config, observers=[display])
     if arguments.json:
         print_json({name: outcome.summary() for name, outcome in outcomes.items()})
     for outcome in outcomes.values():

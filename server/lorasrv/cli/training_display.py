@@ -2,53 +2,71 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lorasrv.cli.console import print_json, print_table, say
 from lorasrv.train.config import TrainConfig
+from lorasrv.train.observer import RunObserver, RunStart, StepReport
 
 if TYPE_CHECKING:
     from lorasrv.train.audit import Audit, AuditedExample
     from lorasrv.train.memory import MemoryPart
-    from lorasrv.train.run import StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def training_display(config: TrainConfig) -> Iterator[Callable[["StepReport"], None]]:
-    """Gives a function that shows a step."""
-    max_steps = config.run.max_steps
-    if sys.stderr.isatty():
-        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.description}"), console=Console(file=sys.stderr)) as bar:
-            task = bar.add_task("", total=max_steps)
-
-            def show(report: "StepReport") -> None:
-                bar.update(task, completed=report.step, description=_describe(report))
-                if report.evaluations:
-                    bar.console.print(f"step {report.step}: {_evaluations(report)}", highlight=False)
-
-            yield show
+def training_display(config: TrainConfig) -> Iterator[RunObserver]:
+    """Gives what shows a run, as it is told of it."""
+    if not sys.stderr.isatty():
+        yield _Lines()
         return
-    last = -_SECONDS_BETWEEN_LINES
+    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        yield _Bar(progress, max_steps=config.run.max_steps)
 
-    def show_line(report: "StepReport") -> None:
-        nonlocal last
+
+class _Bar(RunObserver):
+    """A bar whose words follow the steps; evaluations stay above it."""
+
+    def __init__(self, progress: Progress, *, max_steps: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading base and data", total=max_steps)
+
+    def run_started(self, start: RunStart) -> None:
+        self._progress.update(self._task, completed=start.first_step, description="first step")
+
+    def step_finished(self, report: StepReport) -> None:
+        self._progress.update(self._task, completed=report.step, description=_describe(report))
+        if report.evaluations:
+            self._progress.console.print(f"step {report.step}: {_evaluations(report)}", highlight=False)
+
+
+class _Lines(RunObserver):
+    """A line at the first step, at the last, at evaluations, and now and then between them."""
+
+    def __init__(self) -> None:
+        self._max_steps = 0
+        self._next_line_seconds = 0.0
+
+    def run_started(self, start: RunStart) -> None:
+        self._max_steps = start.max_steps
+        after = f", going on after step {start.first_step}" if start.first_step else ""
+        say(f"training {', '.join(start.jobs)} for {start.max_steps} steps{after}")
+
+    def step_finished(self, report: StepReport) -> None:
         now = time.monotonic()
-        if report.evaluations or report.step in (1, max_steps) or now - last >= _SECONDS_BETWEEN_LINES:
-            last = now
+        if report.evaluations or report.step == self._max_steps or now >= self._next_line_seconds:
+            self._next_line_seconds = now + _SECONDS_BETWEEN_LINES
             held_out = f", {_evaluations(report)}" if report.evaluations else ""
-            say(f"step {report.step}/{max_steps}: {_describe(report)}{held_out}")
-
-    yield show_line
+            say(f"step {report.step}/{self._max_steps}: {_describe(report)}{held_out}")
 
 
 def show_audits(audits: Mapping[str, "Audit"], *, as_json: bool) -> None:
@@ -107,7 +125,14 @@ def _counts(audit: "Audit") -> str:
 def _describe(report: "StepReport") -> str:
     losses = _by_job({name: f"{job.loss:.3f}" for name, job in report.jobs.items()})
     rate = max(job.learning_rate for job in report.jobs.values())
-    return f"loss {losses}, learning rate {rate:.2e}, {report.tokens / report.seconds:.0f} tokens/s"
+    speed = f"{report.tokens / report.seconds:.0f} tokens/s, {report.memory_bytes / 2**30:.2f} GiB"
+    return f"loss {losses}, learning rate {rate:.1e}, {speed}, {_duration(report.seconds_left)} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _evaluations(report: "StepReport") -> str:

@@ -5,7 +5,8 @@ Everything that can be wrong with base, data and targets is found before the fir
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +34,9 @@ from lorasrv.train.history import HISTORY_NAME, History
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.memory import MemoryPart, estimate_memory
 from lorasrv.train.network import TrainableModel
+from lorasrv.train.observer import Observers, RunObserver, RunStart, StepReport
 from lorasrv.train.report import render_report
-from lorasrv.train.run import StepReport, TrainingRun
+from lorasrv.train.run import TrainingRun
 
 _LONGEST_BY_DEFAULT = 2048
 _OF_NO_CONSEQUENCE = ("base", "resume", "save_every", "out", "data", "eval_data", "chat_template")
@@ -69,12 +71,12 @@ class Outcome:
         }
 
 
-def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[str, Outcome]:
+def train(config: TrainConfig, *, observers: Sequence[RunObserver] = ()) -> dict[str, Outcome]:
     """Trains all jobs of a run together, and writes each one's folder at the end; blocks for as long as that takes.
 
     Args:
         config: what to do.
-        report: called after every step.
+        observers: told what the run does, each in turn.
 
     Raises:
         ConfigError: a folder exists already, or the device is not there.
@@ -101,18 +103,20 @@ def train(config: TrainConfig, *, report: Callable[[StepReport], None]) -> dict[
     before = {job.name: training.evaluate(job) for job in jobs if job.held_out}
     checkpoints = RunCheckpoints(jobs, identities={name: _identity(config, name, data[name], model) for name in data})
     start = checkpoints.resume() if run.resume else 0
-
-    histories = RunHistories(jobs, start=start)
-
-    def after_step(step: StepReport) -> None:
-        histories.append(step)
-        report(step)
+    histories = RunHistories(jobs)
+    watching = Observers(*observers, histories)
+    digest = model.base.digest
+    watching.run_started(
+        RunStart(base_digest=digest, jobs=tuple(config.jobs), first_step=start, max_steps=run.max_steps)
+    )
 
     def save(step: int) -> None:
         if run.save_every and step % run.save_every == 0:
+            began = time.monotonic()
             checkpoints.save(step)
+            watching.checkpoint_written(step, time.monotonic() - began)
 
-    training.train(range(start, run.max_steps), eval_every=run.eval_every, report=after_step, save=save)
+    training.train(range(start, run.max_steps), eval_every=run.eval_every, report=watching.step_finished, save=save)
     outcomes = {}
     for job in jobs:
         job.take_best()
@@ -191,22 +195,25 @@ class _Data:
     tally: Tally
 
 
-class RunHistories:
+class RunHistories(RunObserver):
     """The histories of all jobs of a run, each beside its checkpoints until the run ends."""
 
-    def __init__(self, jobs: Sequence[TrainingJob], *, start: int) -> None:
+    def __init__(self, jobs: Sequence[TrainingJob]) -> None:
         self._jobs = {job.name: job for job in jobs}
         self._histories = {job.name: History(checkpoint_folder(job.out) / HISTORY_NAME) for job in jobs}
         self._ranks: dict[str, dict[str, int]] = {}
+
+    def run_started(self, start: RunStart) -> None:
+        """Keeps what earlier histories say of the steps that are not done again."""
         for name, history in self._histories.items():
-            history.start(start)
+            history.start(start.first_step)
             for row in history.rows():
                 self._ranks[name] = row.get("ranks", self._ranks.get(name, {}))
 
-    def append(self, report: StepReport) -> None:
+    def step_finished(self, report: StepReport) -> None:
         """Adds a step to the history of every job that took part."""
         for name in report.jobs:
-            ranks = self._jobs[name].ranks()
+            ranks = dict(report.jobs[name].ranks)
             changed = self._ranks.get(name) != ranks
             self._ranks[name] = ranks
             self._histories[name].append(report, name, ranks=ranks if changed else None)

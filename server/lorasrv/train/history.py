@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasrv.train.run import StepReport
+from lorasrv.train.observer import StepReport
 
 HISTORY_NAME = "metrics.jsonl"
 

@@ -18,23 +18,9 @@ from lorasrv.train.checkpoint import Checkpoint
 from lorasrv.train.config import JobConfig
 from lorasrv.train.data.examples import Example
 from lorasrv.train.data.order import ExampleOrder
+from lorasrv.train.observer import StepResult
 from lorasrv.train.optimizer import FlatOptimizer
 from lorasrv.train.schedule import learning_rate_factor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step of one job did.
-
-    Attributes:
-        loss: mean over its supervised tokens, in nats.
-        learning_rate: the highest of its groups'.
-        gradient_norm: before clipping.
-    """
-
-    loss: float
-    learning_rate: float
-    gradient_norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +112,7 @@ class TrainingJob:
             self._allocator.update(step + 1)
         self.adapter.changed()
         self.adapter.parameters.clear_gradients()
-        return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm))
+        return StepResult(loss=loss, learning_rate=rate, gradient_norm=float(norm), ranks=self.ranks())
 
     def observe(self, step: int, held_out_loss: float) -> None:
         """Takes the held-out loss after `step` steps; the tensors with the lowest one are kept.

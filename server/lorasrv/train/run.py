@@ -5,38 +5,20 @@ Knows the model, the jobs and the steps; does not know files of data, terminals 
 
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorasrv.errors import NonFiniteLossError
 from lorasrv.train.batches import Share, share_out, token_batches
-from lorasrv.train.job import StepResult, TrainingJob
+from lorasrv.train.job import TrainingJob
 from lorasrv.train.network import TokenBatch, TrainableModel
+from lorasrv.train.observer import StepReport, StepResult
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """A step of a run.
-
-    Attributes:
-        step: counted from 1.
-        tokens: of all jobs.
-        seconds: it took.
-        jobs: by name, what each job did.
-        evaluations: by name, the held-out loss in nats a token, where there was an evaluation.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    jobs: dict[str, StepResult]
-    evaluations: dict[str, float]
 
 
 class TrainingRun:
@@ -55,7 +37,8 @@ class TrainingRun:
         self._jobs = tuple(jobs)
         self._seed = seed
         self._micro_batch_tokens = micro_batch_tokens
-        self._device = device
+        self._device = torch.device(device)
+        self._num_shrinks = 0
 
     def train(
         self,
@@ -76,11 +59,12 @@ class TrainingRun:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; nothing of that step was learned.
         """
+        began = time.monotonic()
         for step in steps:
             jobs = [job for job in self._jobs if not job.is_done]
             if not jobs:
                 return
-            started = time.monotonic()
+            started, shrinks = time.monotonic(), self._num_shrinks
             tokens, results = self._step(step, jobs)
             seconds = time.monotonic() - started
             due = step + 1 == steps.stop or (eval_every and (step + 1) % eval_every == 0)
@@ -88,7 +72,19 @@ class TrainingRun:
             for job in jobs:
                 if job.name in evaluations:
                     job.observe(step + 1, evaluations[job.name])
-            report(StepReport(step=step + 1, tokens=tokens, seconds=seconds, jobs=results, evaluations=evaluations))
+            done, left = step + 1 - steps.start, steps.stop - step - 1
+            report(
+                StepReport(
+                    step=step + 1,
+                    tokens=tokens,
+                    seconds=seconds,
+                    seconds_left=(time.monotonic() - began) / done * left,
+                    memory_bytes=_memory_bytes(self._device),
+                    num_shrinks=self._num_shrinks - shrinks,
+                    jobs=results,
+                    evaluations=evaluations,
+                )
+            )
             save(step + 1)
 
     def _step(self, step: int, jobs: Sequence[TrainingJob]) -> tuple[int, dict[str, StepResult]]:
@@ -127,6 +123,7 @@ class TrainingRun:
         if self._micro_batch_tokens <= longest:
             return False
         self._micro_batch_tokens = max(longest, self._micro_batch_tokens // 2)
+        self._num_shrinks += 1
         _log.warning("out of memory: from now on %d tokens at a time, in more pieces", self._micro_batch_tokens)
         torch.cuda.empty_cache()
         return True
@@ -152,3 +149,11 @@ class TrainingRun:
         if broken:
             raise NonFiniteLossError(step=step + 1, jobs=broken, places=batch.places)
         return sums
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """The most that was ever in use: of the device, on a CPU by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts it in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,7 @@
 """`lorasrv train`: what is asked for by flags, environment and file, and the folders that come of it."""
 
 import json
+import re
 
 import pytest
 from lorasrv.cli.train import train_config
@@ -53,7 +54,10 @@ def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
     end = lorasrv("train", config, "--rank", 5, "--json")
     assert end.code == 0, end.err
     assert {name: set(job["ranks"].values()) for name, job in end.json.items()} == {"a": {5}, "b": {5}}
-    assert "step 2/2: loss a=" in end.err
+    first, *_, last = [line for line in end.err.splitlines() if "serve" not in line]
+    assert first == "training a, b for 2 steps"
+    shown = r"step 2/2: loss a=\S+ b=\S+, learning rate \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
+    assert re.fullmatch(shown, last)
 
 
 def test_trained_alone_or_together_an_adapter_is_the_same(lorasrv, base, data, tmp_path):
@@ -168,8 +172,10 @@ def test_a_killed_run_goes_on_to_the_same_adapters(lorasrv, base, data, tmp_path
             "finish_step",
             lambda self, step, *, loss: (steps.append(step), finish_step(self, step, loss=loss))[1],
         )
-        assert lorasrv("train", config, "--resume").code == 0
+        resumed = lorasrv("train", config, "--resume")
+        assert resumed.code == 0
     assert set(steps) == {4, 5}
+    assert "training lora, adalora for 6 steps, going on after step 4" in resumed.err
     assert [_written(tmp_path / name) for name in ("lora", "adalora")] == expected
     assert not (tmp_path / "lora.training").exists()
 

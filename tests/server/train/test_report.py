@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from lorasrv.train.history import History
-from lorasrv.train.job import StepResult
+from lorasrv.train.observer import StepReport, StepResult
 from lorasrv.train.report import _ticks, render_report
-from lorasrv.train.run import StepReport
 
 MODULES = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -86,10 +85,17 @@ def test_a_history_goes_on_without_what_was_not_kept(tmp_path: Path) -> None:
     history = History(path)
     history.start(0)
     for step in (1, 2, 3):
-        result = StepResult(loss=1.0 / step, learning_rate=1e-3, gradient_norm=2.0)
+        result = StepResult(loss=1.0 / step, learning_rate=1e-3, gradient_norm=2.0, ranks={})
         history.append(
             StepReport(
-                step=step, tokens=10, seconds=0.1, jobs={"a": result}, evaluations={"a": 5.0} if step == 2 else {}
+                step=step,
+                tokens=10,
+                seconds=0.1,
+                seconds_left=1.0,
+                memory_bytes=5,
+                num_shrinks=0,
+                jobs={"a": result},
+                evaluations={"a": 5.0} if step == 2 else {},
             ),
             "a",
             ranks={"m": 3} if step == 1 else None,

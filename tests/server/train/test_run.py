@@ -1,8 +1,10 @@
 """A run: cut or whole, alone or together, interrupted or not, it ends with the same tensors."""
 
+import itertools
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from lorasrv.train.config import JobConfig
 from lorasrv.train.data.examples import Example
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.network import TrainableModel
-from lorasrv.train.run import StepReport, TrainingRun
+from lorasrv.train.observer import StepReport
+from lorasrv.train.run import TrainingRun
 
 STEPS = 6
 
@@ -151,9 +154,25 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 
     monkeypatch.setattr(TrainableModel, "losses", limited)
     job = new_job(model, held_out=0)
-    found = train(model, [job], steps=range(1))
+    found = train(model, [job], steps=range(2))
+    # from 200 tokens over 100 and 50 to 25, and the next step begins there
+    assert [report.num_shrinks for report in found] == [3, 0]
     assert found[0].jobs["one"].gradient_norm == pytest.approx(expected[0].jobs["one"].gradient_norm, rel=1e-6)
     assert "tokens at a time" in caplog.text
     monkeypatch.setattr(TrainableModel, "losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         train(model, [job], steps=range(1))
+
+
+def test_a_step_says_what_memory_it_took_and_what_is_left(
+    load_base: Callable[[], DecoderModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=10)
+    monkeypatch.setattr("lorasrv.train.run.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    job = new_job(load_base(), method="adalora", held_out=0)
+    first, second, last = train(load_base(), [job], steps=range(1, 4))
+    assert (first.step, last.step) == (2, 4)
+    # three looks at the clock a step: before it, after it, and for what is left
+    assert [report.seconds_left for report in (first, second, last)] == [60.0, 30.0, 0.0]
+    assert first.memory_bytes > 2**20
+    assert first.jobs["one"].ranks.keys() == job.ranks().keys()
