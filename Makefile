@@ -4,7 +4,7 @@
 #   TORCH_INDEX=URL             where PyTorch comes from, for machines that want its CPU wheels; empty: where pip looks
 #   CXX=g++                     the compiler of the native kernels; without a working one the PyTorch path serves
 #   VLLM_PYTHON=/path/python    the Python of an environment that has vLLM, for bench-peers; empty: vLLM is not run
-#   ARGS="..."                  more arguments for demo, serve, test, fuzz, bench or bench-peers
+#   ARGS="..."                  more arguments for demo, serve, test, fuzz, bench, bench-peers or bench-training
 
 VENV ?= .venv
 ASSETS ?= server/lorasrv/assets
@@ -18,7 +18,7 @@ PROJECT_FILES := pyproject.toml constraints.txt hatch_build.py
 NATIVE := kernels/lorasrv_kernels/cpu/_native.so
 NATIVE_SOURCES := $(wildcard kernels/lorasrv_kernels/cpu/*.cpp kernels/lorasrv_kernels/cpu/*.h)
 
-.PHONY: help demo serve aot-check test fuzz check bench bench-peers gpu-check readme proto native assets clean
+.PHONY: help demo serve aot-check test fuzz check bench bench-peers bench-training gpu-check readme proto native assets clean
 .DEFAULT_GOAL := help
 # pip cannot install twice at a time
 .NOTPARALLEL:
@@ -65,6 +65,10 @@ bench: $(VENV)/.runtime $(NATIVE) ## Time the kernels on this machine, once thei
 bench-peers: $(VENV)/.test $(NATIVE) ## The same work on lorasrv, PEFT and vLLM, side by side (VLLM_PYTHON=python that has vLLM)
 	@PYTHONPATH=server/benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python server/benchmarks/peers/compare.py \
 		$(if $(SMALL),--small) --vllm-python "$(VLLM_PYTHON)" $(ARGS)
+
+bench-training: $(VENV)/.test $(NATIVE) ## Train on lorasrv and in a plain loop around PEFT, side by side (SMALL=1: tiny)
+	@PYTHONPATH=server/benchmarks:tests/support$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python server/benchmarks/peers/training.py \
+		$(if $(SMALL),--small) $(ARGS)
 
 # no environment of ours: whatever Python has PyTorch for the device, where nothing can be installed
 gpu-check: ## Test and time the CUDA kernels and steps, 8 minutes at most (SMALL=1: tiny, through Triton's interpreter)
