@@ -9,10 +9,10 @@ from lorasrv.cli.console import print_json, say
 from lorasrv.cli.environment import known_variables
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
-from lorasrv.cli.training_display import show_audits, show_memory, training_display
+from lorasrv.cli.training_display import describe_outcome, show_audits, show_memory, training_display
 from lorasrv.errors import ConfigError
 from lorasrv.settings import settings_of
-from lorasrv.train.config import JobConfig, RunConfig, TrainConfig
+from lorasrv.train.config import DEFAULTS_OVER_THE_EMBEDDED_BASE, JobConfig, RunConfig, TrainConfig
 
 _JOBS = "jobs"
 _ONLY_JOB = "adapter"
@@ -61,9 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
         outcomes = train(config, observers=[display])
     if arguments.json:
         print_json({name: outcome.summary() for name, outcome in outcomes.items()})
-    for outcome in outcomes.values():
-        base = f"{config.run.base} " if config.run.base else ""
-        say(f"to serve it: lorasrv serve {base}--adapter {outcome.folder.name}={outcome.folder}")
+    for name, outcome in outcomes.items():
+        say(f"{name}: {describe_outcome(outcome)}")
+    base = f"{config.run.base} " if config.run.base else ""
+    named = " ".join(f"--adapter {outcome.folder.name}={outcome.folder}" for outcome in outcomes.values())
+    say(f"to serve {'it' if len(outcomes) == 1 else 'them'}: lorasrv serve {base}{named}")
     return ExitCode.OK
 
 
@@ -93,8 +95,10 @@ def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> Tra
         raise ConfigError(reasons)
     given = {setting.name for setting in job_settings if setting.name in flags}
     run_values = {setting.name: shared.pop(setting.name) for setting in run_settings if setting.name in shared}
+    defaults: Mapping[str, object] = {} if "base" in run_values else DEFAULTS_OVER_THE_EMBEDDED_BASE
     values = {
-        name: shared | {key: value for key, value in job.items() if key not in given} for name, job in own.items()
+        name: {**defaults, **shared} | {key: value for key, value in job.items() if key not in given}
+        for name, job in own.items()
     }
     return _checked(run_values, values)
 

@@ -16,6 +16,7 @@ from lorasrv.train.config import TrainConfig
 from lorasrv.train.observer import RunObserver, RunStart, StepReport
 
 if TYPE_CHECKING:
+    from lorasrv.train.app import Outcome
     from lorasrv.train.audit import Audit, AuditedExample
     from lorasrv.train.memory import MemoryPart
 
@@ -67,6 +68,16 @@ class _Lines(RunObserver):
             self._next_line_seconds = now + _SECONDS_BETWEEN_LINES
             held_out = f", {_evaluations(report)}" if report.evaluations else ""
             say(f"step {report.step}/{self._max_steps}: {_describe(report)}{held_out}")
+
+
+def describe_outcome(outcome: "Outcome") -> str:
+    """What became of a job, in a line."""
+    ranks = list(outcome.ranks.values())
+    loss = ""
+    if outcome.held_out_loss is not None:
+        before, after = outcome.held_out_loss
+        loss = f", held-out loss {before:.3f} before and {after:.3f} after, nats a token"
+    return f"ranks {min(ranks)} to {max(ranks)}{loss}; {outcome.folder / 'report.html'} tells how it went"
 
 
 def show_audits(audits: Mapping[str, "Audit"], *, as_json: bool) -> None:

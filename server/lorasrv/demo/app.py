@@ -32,19 +32,31 @@ class DemoConfig:
     keep: bool = False
 
 
-def embedded_demo(*, device: str, environ: Mapping[str, str], keep: bool) -> DemoConfig:
+def embedded_demo(
+    *, device: str, environ: Mapping[str, str], keep: bool, adapters: Mapping[str, Path] | None = None
+) -> DemoConfig:
     """The demo of the embedded base and adapters, on free ports of this machine.
+
+    Args:
+        device: Where the model runs.
+        environ: The server's whole environment.
+        keep: Leave the server running after the report, until Ctrl-C.
+        adapters: Folders of more adapters, by id; one with an embedded adapter's id stands in its place.
 
     Raises:
         NoAdaptersError: The package carries none.
     """
-    adapters = embedded_adapters()
-    if not adapters:
+    embedded, own = embedded_adapters(), dict(adapters or {})
+    if not embedded:
         raise NoAdaptersError(embedded_adapter_root())
-    options = {"--port": "0", "--metrics-port": "0", "--device": device, "--adapter-root": str(embedded_adapter_root())}
-    flags = [word for option in options.items() for word in option]
+    options = [("--port", "0"), ("--metrics-port", "0"), ("--device", device)]
+    options += [("--adapter-root", str(root)) for root in (embedded_adapter_root(), *own.values())]
+    flags = [word for option in options for word in option]
     return DemoConfig(
-        command=(sys.executable, "-m", "lorasrv", "serve", *flags), environ=environ, adapters=adapters, keep=keep
+        command=(sys.executable, "-m", "lorasrv", "serve", *flags),
+        environ=environ,
+        adapters=embedded | own,
+        keep=keep,
     )
 
 

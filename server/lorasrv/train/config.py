@@ -3,7 +3,7 @@
 It knows no command line and no file (see `lorasrv.cli.layers`), no tensor and no model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,11 @@ Initialization = Literal["default", "gaussian", "pissa"]
 Schedule = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 OverLong = Literal["drop", "truncate", "refuse"]
+SaveDtype = Literal["float32", "bfloat16"]
+
+
+DEFAULTS_OVER_THE_EMBEDDED_BASE: Mapping[str, object] = {"learning_rate": 4e-3}
+"""What a job over the embedded base begins from: the smaller a model, the faster it may learn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,12 @@ class JobConfig:
     """
 
     out: Path = setting(None, folder, "The new adapter folder.", metavar="DIR")
+    save_dtype: SaveDtype = setting(
+        "float32",
+        choice("float32", "bfloat16"),
+        "The type of what is written; the last evaluation is of the rounded tensors.",
+        metavar="float32|bfloat16",
+    )
     data: tuple[Path, ...] = setting(
         (),
         folder,
@@ -122,7 +133,12 @@ class JobConfig:
         None, folder, "An adapter to go on from, of any kind that the method can express.", metavar="ADAPTER"
     )
     batch_size: int = setting(16, integer, "Examples in a step.", metavar="N")
-    learning_rate: float = setting(2e-4, number, "The highest learning rate.", metavar="LR")
+    learning_rate: float = setting(
+        2e-4,
+        number,
+        "The highest learning rate. Default: 2e-4; over the embedded base, which is tiny, 4e-3.",
+        metavar="LR",
+    )
     lora_plus_ratio: float = setting(
         1.0, number, "How many times faster B learns than A (LoRA+); 1: the same.", metavar="X"
     )
@@ -238,6 +254,8 @@ def _job_reasons(job: JobConfig) -> Iterator[str]:
         yield f"init_rank is for AdaLoRA; {job.method} keeps its rank"
     if job.initialization == "pissa" and job.method not in ("lora", "rslora"):
         yield f"initialization pissa is for lora and rslora, not {job.method}"
+    if job.initialization == "pissa" and job.save_dtype != "float32":
+        yield f"initialization pissa is a difference of two updates, which save_dtype {job.save_dtype} would blur"
     if job.initialization != "default" and job.init_from is not None:
         yield f"initialization {job.initialization} and init_from exclude each other"
     if job.allocate_from >= job.allocate_until:

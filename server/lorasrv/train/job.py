@@ -85,6 +85,10 @@ class TrainingJob:
         self._evaluations_since_best = 0
 
     @property
+    def _save_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.save_dtype]
+
+    @property
     def out(self) -> Path:
         """Where its adapter will be."""
         return self.config.out
@@ -134,11 +138,11 @@ class TrainingJob:
         return 0 < self.config.patience <= self._evaluations_since_best
 
     def take_best(self) -> None:
-        """Goes back to the tensors with the lowest held-out loss, if there were evaluations."""
-        if self.best is not None:
-            for role, buffer in self.adapter.parameters.buffers.items():
-                buffer.data.copy_(self.best.buffers[role])
-            self.adapter.changed()
+        """Goes back to the tensors with the lowest held-out loss, if there were evaluations, as they are written."""
+        for role, buffer in self.adapter.parameters.buffers.items():
+            best = buffer.data if self.best is None else self.best.buffers[role]
+            buffer.data.copy_(best.to(self._save_dtype))
+        self.adapter.changed()
 
     def state(self, step: int) -> Checkpoint:
         """Everything that `step` steps have changed."""
@@ -179,7 +183,8 @@ class TrainingJob:
     def write(self, provenance: Mapping[str, object], *, beside: Mapping[str, bytes]) -> Path:
         """Writes the adapter as a PEFT folder with some files beside, whole or not at all; returns where."""
         config, tensors = self.adapter.checkpoint(self._allocator.masks if self._allocator is not None else {})
-        write_checkpoint(self.config.out, config, tensors, provenance=provenance, beside=beside)
+        written = {name: tensor.to(self._save_dtype) for name, tensor in tensors.items()}
+        write_checkpoint(self.config.out, config, written, provenance=provenance, beside=beside)
         return self.config.out
 
 

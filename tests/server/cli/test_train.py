@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 from lorasrv.cli.train import train_config
 from lorasrv.embedded import embedded_adapters
 from lorasrv.errors import ConfigError
+from lorasrv.train.config import JobConfig
 from lorasrv.train.job import TrainingJob
 from tiny_peft import save_base
 
@@ -54,10 +56,13 @@ def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
     end = lorasrv("train", config, "--rank", 5, "--json")
     assert end.code == 0, end.err
     assert {name: set(job["ranks"].values()) for name, job in end.json.items()} == {"a": {5}, "b": {5}}
-    first, *_, last = [line for line in end.err.splitlines() if "serve" not in line]
+    first, *_, shown, about_a, about_b, serve = end.err.splitlines()
     assert first == "training a, b for 2 steps"
-    shown = r"step 2/2: loss a=\S+ b=\S+, learning rate \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
-    assert re.fullmatch(shown, last)
+    line = r"step 2/2: loss a=\S+ b=\S+, learning rate \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
+    assert re.fullmatch(line, shown)
+    assert about_a == f"a: ranks 5 to 5; {tmp_path / 'a' / 'report.html'} tells how it went"
+    assert about_b.startswith("b: ranks 5 to 5; ")
+    assert serve == f"to serve them: lorasrv serve {base} --adapter a={tmp_path / 'a'} --adapter b={tmp_path / 'b'}"
 
 
 def test_trained_alone_or_together_an_adapter_is_the_same(lorasrv, base, data, tmp_path):
@@ -73,6 +78,38 @@ def test_trained_alone_or_together_an_adapter_is_the_same(lorasrv, base, data, t
     for name, tensor in alone.items():
         # float32 sums over other rows in the same batch; Adam's first steps divide by gradients' own size
         assert (tensor - together[name]).abs().max() < 1e-5, name
+
+
+def test_what_is_written_in_bfloat16_is_what_was_evaluated(lorasrv, base, data, tmp_path):
+    from safetensors.torch import load_file
+
+    held = [
+        lorasrv("train", *flags_of(base, data), "--out", tmp_path / dtype, "--save-dtype", dtype, "--json").json
+        for dtype in ("float32", "bfloat16")
+    ]
+    wide, narrow = (load_file(tmp_path / dtype / "adapter_model.safetensors") for dtype in ("float32", "bfloat16"))
+    assert all(torch.equal(narrow[name], tensor.to(torch.bfloat16)) for name, tensor in wide.items())
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
+    losses = [summary["adapter"]["held_out_loss"] for summary in held]
+    assert losses[0] != losses[1]
+    # three decimal digits of bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    with pytest.raises(ConfigError, match="difference of two updates"):
+        JobConfig(out=tmp_path / "x", data=(data,), initialization="pissa", save_dtype="bfloat16")
+
+
+def test_the_embedded_base_learns_faster_unless_told_otherwise(data, tmp_path):
+    flags = {"data": [data], "out": tmp_path / "adapter"}
+    config = tmp_path / "rate.yaml"
+    config.write_text("learning_rate: 1e-3\n")
+
+    def rate(**more):
+        return train_config({**flags, **more}, {}).jobs["adapter"].learning_rate
+
+    assert rate() == 4e-3
+    assert rate(learning_rate=1e-5) == 1e-5
+    assert rate(config=str(config)) == 1e-3
+    assert rate(base="/srv/models/some") == JobConfig.__dataclass_fields__["learning_rate"].default == 2e-4
 
 
 def test_everything_wrong_is_said_at_once(tmp_path):

@@ -132,15 +132,24 @@ def test_the_command_starts_our_own_server_with_flags_alone(assets, command, mon
             super().__init__(command(), environ=environ)
 
     monkeypatch.setattr(app, "ServerProcess", Recorded)
-    assert main_module.main(["demo", "--json", "--device", "cpu"]) == 0
+    own = assets / "mine"
+    own.mkdir()
+    assert main_module.main(["demo", "--json", "--device", "cpu", "--adapter", f"poet={own}"]) == 0
     ((words, environ),) = started
     assert words[:4] == (sys.executable, "-m", "lorasrv", "serve")
-    flags = dict(zip(words[4::2], words[5::2], strict=True))
-    root = str(assets / "adapters")
-    assert flags == {"--port": "0", "--metrics-port": "0", "--device": "cpu", "--adapter-root": root}
+    flags = list(zip(words[4::2], words[5::2], strict=True))
+    roots = [("--adapter-root", str(assets / "adapters")), ("--adapter-root", str(own))]
+    assert flags == [("--port", "0"), ("--metrics-port", "0"), ("--device", "cpu"), *roots]
     assert environ == {name: value for name, value in os.environ.items() if not name.startswith("LORASRV_")}
     document = json.loads(capsys.readouterr().out)
-    assert {each["adapter_id"] for each in document["answers"]} == {"", "drama", "verse"}
+    assert {each["adapter_id"] for each in document["answers"]} == {"", "drama", "verse", "poet"}
+
+
+@pytest.mark.parametrize(("word", "reason"), [("poet", "expected ID=SOURCE"), ("poet=/nowhere", "is not a folder")])
+def test_an_adapter_that_is_no_folder_is_a_mistake_in_the_command(capsys, word, reason):
+    with pytest.raises(SystemExit, match="2"):
+        main_module.main(["demo", "--adapter", word])
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("assets")
