@@ -19,7 +19,9 @@
     `-- ReasonsError                                           lists everything wrong at once
         |-- ConfigError                 CONFIG_INVALID
         |-- ModelLoadError              MODEL_INVALID
-        `-- TrainingDataError                                  data that cannot be trained on
+        |-- TrainingDataError                                  data that cannot be trained on
+        `-- MergeError                                         an adapter that cannot be merged
+            `-- MergeVerificationError                         merged, it would answer otherwise
 
 `reason` is the machine-readable name a client sees in `google.rpc.ErrorInfo`; the code it travels under is chosen in
 `lorasrv.rpc.status` alone. Errors about adapters are `lorasrv_adapters.errors`. This module knows no wire format.
@@ -296,3 +298,11 @@ class ModelLoadError(ReasonsError):
 
 class TrainingDataError(ReasonsError):
     """The training data is damaged, of an unknown shape, or holds nothing to learn."""
+
+
+class MergeError(ReasonsError):
+    """An adapter cannot be merged as it was asked for; nothing is written."""
+
+
+class MergeVerificationError(MergeError):
+    """The merged model does not answer as base and adapter do; nothing of it is left."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lorasrv.cli.layers import Config, resolve
 from lorasrv.config import ConnectConfig, ServeConfig
+from lorasrv.merge.config import MergeConfig
 from lorasrv.settings import settings_of
 from lorasrv.train.config import JobConfig, RunConfig
 
@@ -32,7 +33,7 @@ def resolve_from_process(config_class: type[Config], arguments: argparse.Namespa
 
 def known_variables() -> frozenset[str]:
     """The variables that some command reads."""
-    configs = (ServeConfig, ConnectConfig, RunConfig, JobConfig)
+    configs = (ServeConfig, ConnectConfig, RunConfig, JobConfig, MergeConfig)
     return frozenset({CONFIG_VARIABLE, *(setting.variable for config in configs for setting in settings_of(config))})
 
 

@@ -30,6 +30,8 @@ _BY_ERROR: dict[str, ExitCode] = {
     "ConfigError": ExitCode.INVALID,
     "ModelLoadError": ExitCode.INVALID,
     "TrainingDataError": ExitCode.INVALID,
+    "MergeVerificationError": ExitCode.FAILURE,
+    "MergeError": ExitCode.INVALID,
     "InvalidRequestError": ExitCode.INVALID,
     "QueueFullError": ExitCode.UNAVAILABLE,
     "DrainingError": ExitCode.UNAVAILABLE,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, check, convert, demo, doctor, generate, health, quantize, serve, train
+from lorasrv.cli import adapters, check, convert, demo, doctor, generate, health, merge, quantize, serve, train
 from lorasrv.cli.console import print_error
 from lorasrv.cli.exit_codes import ExitCode, exit_code_for
 from lorasrv.cli.layers import suggestion
@@ -28,12 +28,13 @@ examples:
   lorasrv adapters load clerk=~/adapters/clerk
   lorasrv check ~/adapters/clerk --base ~/models/llama
   lorasrv train --base ~/models/llama --data poems.jsonl --method dora --out ~/adapters/poet
+  lorasrv merge --base ~/models/llama --adapter ~/adapters/poet --out ~/models/llama-poet
   lorasrv convert ~/adapters/old --out ~/adapters/new
   lorasrv quantize ~/models/llama --out ~/models/llama-nf4
   lorasrv doctor
 
 configuration:
-  Each flag of serve and train is also a key of the YAML file (--config) and an environment
+  Each flag of serve, train and merge is also a key of the YAML file (--config) and an environment
   variable: --max-rank 16 is max_rank: 16 and LORASRV_MAX_RANK=16. A flag wins over the
   environment, the environment over the file, the file over the default.
 
@@ -41,7 +42,7 @@ exit status:
   0 ok, 1 failure, 2 usage, 3 bad config or data, 4 not found, 5 unavailable,
   6 not allowed, 7 out of memory or disk, 130 interrupted"""
 
-_COMMANDS = (serve, demo, generate, adapters, check, train, convert, quantize, health, doctor)
+_COMMANDS = (serve, demo, generate, adapters, check, train, merge, convert, quantize, health, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

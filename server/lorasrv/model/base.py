@@ -1,7 +1,7 @@
 """The base as adapters see it: which modules there are, their weights as served, and what identifies them all."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -74,13 +74,23 @@ class ServedBase:
     # a cached_property itself does not pass for the `str` that callers ask for
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256(b"lorasrv-base-1\n" + self._identity.encode())
-        for name, weight in self._stored():
-            kind = "nf4" if isinstance(weight, NF4Weight) else "wide"
-            digest.update(f"\n{name} {kind} {tuple(weight.shape)} ".encode())
-            for piece in _pieces(weight):
-                digest.update(piece.cpu().numpy().data)
-        return digest.hexdigest()
+        return base_digest(self._identity, self._stored())
+
+
+def base_digest(identity: str, stored: Iterable[tuple[str, Weight]]) -> str:
+    """sha256 over a config and weights, 64 hex digits; `ServedBase.digest` says what decides.
+
+    Args:
+        identity: what `ModelConfig.identity` says.
+        stored: every tensor in the order of `lorasrv.model.tensors.stored_names`.
+    """
+    digest = hashlib.sha256(b"lorasrv-base-1\n" + identity.encode())
+    for name, weight in stored:
+        kind = "nf4" if isinstance(weight, NF4Weight) else "wide"
+        digest.update(f"\n{name} {kind} {tuple(weight.shape)} ".encode())
+        for piece in _pieces(weight):
+            digest.update(piece.cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _pieces(weight: Weight) -> Iterator[Tensor]:

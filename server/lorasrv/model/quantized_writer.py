@@ -8,9 +8,10 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lorasrv_kernels.nf4 import NF4Weight
@@ -26,7 +27,7 @@ from lorasrv.model.prequantized import SETTINGS, STATE
 from lorasrv.model.safetensors_writer import Run, SafetensorsLayout, SafetensorsWriter, StoredTensor
 from lorasrv.model.tensors import FUSED, MODULES
 
-_COPIED = (
+COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,6 +39,8 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+"""What a model folder may hold beside weights and `config.json`."""
+
 # more than any state takes; JSON allows spaces at the end
 _STATE_BYTES = 256
 
@@ -97,20 +100,55 @@ def write_folder(
         FileExistsError: `folder` is there already, or being written.
         DiskFullError: there is no room for it.
     """
-    layout = SafetensorsLayout(_runs(specs))
-    config = json.dumps(_config(source, specs, dtype), indent=1) + "\n"
-    copied = [source / name for name in _COPIED if (source / name).exists()]
-    needed_bytes = layout.num_bytes + len(config) + sum(path.stat().st_size for path in copied)
-    by_name = {spec.name: spec for spec in specs}
+    files = QuantizedFiles(specs, config=read_json(source / "config.json"), dtype=dtype)
+    copied = [source / name for name in COPIED_FILES if (source / name).exists()]
+    needed_bytes = files.num_bytes + sum(path.stat().st_size for path in copied)
     with new_folder(folder, needed_bytes=needed_bytes) as partial:
-        with SafetensorsWriter(partial / SINGLE_FILE, layout) as file:
-            for name, weight in weights:
-                for part, tensor in _stored_tensors(name, weight, dtype=by_name[name].dtype).items():
-                    file.write(part, tensor)
-        (partial / "config.json").write_text(config, encoding="utf-8")
+        weights_bytes = files.write(partial, weights)
         for path in copied:
             shutil.copyfile(path, partial / path.name)
-    return layout.num_bytes
+    return weights_bytes
+
+
+class QuantizedFiles:
+    """The two files of a model in NF4 that are not copied: its weights and its `config.json`."""
+
+    def __init__(self, specs: Sequence[WeightSpec], *, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Lays the files out.
+
+        Args:
+            specs: of all weights; those computed as one product must follow each other.
+            config: the content of a `config.json`; what it says of quantization is replaced.
+            dtype: of activations, for the new `config.json`.
+        """
+        self._layout = SafetensorsLayout(_runs(specs))
+        self._config = json.dumps(_config(config, specs, dtype), indent=1) + "\n"
+        self._by_name = {spec.name: spec for spec in specs}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both files."""
+        return self._layout.num_bytes + len(self._config)
+
+    def write(self, folder: Path, weights: Iterable[tuple[str, Weight]]) -> int:
+        """Writes the files into a folder.
+
+        Args:
+            folder: has neither of them.
+            weights: each of them once, by name; none is kept.
+
+        Returns:
+            Bytes of the file with the weights.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        with SafetensorsWriter(folder / SINGLE_FILE, self._layout) as file:
+            for name, weight in weights:
+                for part, tensor in _stored_tensors(name, weight, dtype=self._by_name[name].dtype).items():
+                    file.write(part, tensor)
+        (folder / "config.json").write_text(self._config, encoding="utf-8")
+        return self._layout.num_bytes
 
 
 def _runs(specs: Iterable[WeightSpec]) -> Iterator[Run]:
@@ -151,7 +189,7 @@ def _stored_tensors(name: str, weight: Weight, *, dtype: torch.dtype) -> dict[st
     cpu = torch.device("cpu")
     state = {
         **SETTINGS,
-        "dtype": _dtype_name(dtype),
+        "dtype": dtype_name(dtype),
         "shape": list(weight.shape),
         "nested_offset": weight.offset.item(),
     }
@@ -165,23 +203,24 @@ def _stored_tensors(name: str, weight: Weight, *, dtype: torch.dtype) -> dict[st
     }
 
 
-def _config(source: Path, specs: Iterable[WeightSpec], dtype: torch.dtype) -> dict[str, object]:
-    config = read_json(source / "config.json")
+def _config(source: Mapping[str, Any], specs: Iterable[WeightSpec], dtype: torch.dtype) -> dict[str, object]:
+    config = dict(source)
     modules = [(spec.name.removesuffix(".weight"), spec.quantized) for spec in specs]
     dense = [module for module, quantized in modules if module.endswith(MODULES) and not quantized]
-    config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(dtype)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": _dtype_name(dtype),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": [*dense, "lm_head"] if dense else None,
     }
     return config
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `config.json` spells it, e.g. "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,5 +1,7 @@
 """Names and shapes of the tensors of a checkpoint, for every family. Knows no files."""
 
+from collections.abc import Iterator
+
 from lorasrv.model.config import ModelConfig
 
 MODULES = (
@@ -83,6 +85,19 @@ def wide_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, **norm_shapes(config), **bias_shapes(config)}
     return shapes if config.tie_word_embeddings else {**shapes, HEAD: table}
+
+
+def stored_names(config: ModelConfig) -> Iterator[str]:
+    """Names of all tensors of a model in the order that its digest takes them; a tied head is not repeated."""
+    yield EMBEDDING
+    for layer in range(config.num_layers):
+        prefix = layer_prefix(layer)
+        yield from (f"{prefix}.{norm}.weight" for norm in layer_norms(config))
+        yield from (f"{prefix}.{module}.weight" for module in MODULES)
+        yield from (f"{prefix}.{module}.bias" for module in MODULES if module in config.biased_modules)
+    yield FINAL_NORM
+    if not config.tie_word_embeddings:
+        yield HEAD
 
 
 def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,102 @@
+"""A whole merge from its configuration: base and adapter in, one model folder out, complete or not at all.
+
+Knows no terminal.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasrv import __version__
+from lorasrv.merge.config import MergeConfig
+from lorasrv.merge.files import MergedWeights, Progress, new_files
+from lorasrv.merge.inputs import Inputs, open_inputs
+from lorasrv.merge.result import plan_result
+from lorasrv.model.merged import MERGE_NAME
+from lorasrv.model.new_folder import check_absent, new_folder
+from lorasrv.model.quantized_writer import COPIED_FILES, dtype_name
+
+# more than the record takes beside the weights
+_RECORD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was written.
+
+    Attributes:
+        folder: the new model.
+        record: what `merge.json` in it says.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """For a report in JSON."""
+        return {"folder": self.folder, **self.record}
+
+
+def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
+    """Merges an adapter into a base and writes the result; blocks, for large models for minutes.
+
+    Args:
+        config: what to do.
+        progress: told how far it is.
+
+    Raises:
+        FileExistsError: the folder exists, or is being written.
+        ModelLoadError: the base cannot be used.
+        AdapterError: the adapter cannot be found, read or served on this base.
+        MergeError: it cannot be merged; lists every reason.
+        DiskFullError: there is no room for the result.
+    """
+    check_absent(config.out)
+    with open_inputs(config) as inputs:
+        plan = plan_result(inputs.raw, inputs.base, inputs.source)
+        weights = MergedWeights(
+            inputs.base,
+            inputs.source,
+            plan,
+            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            in_nf4=config.quantize == "nf4",
+            progress=progress,
+        )
+        files = new_files(weights, plan, shard_bytes=config.shard_bytes)
+        copied = [path for name in COPIED_FILES if (path := inputs.folder / name).exists()]
+        needed_bytes = files.num_bytes + sum(path.stat().st_size for path in copied) + _RECORD_BYTES
+        with new_folder(config.out, needed_bytes=needed_bytes) as partial:
+            num_bytes = files.write(partial, weights)
+            for path in copied:
+                shutil.copyfile(path, partial / path.name)
+            record = {
+                **_provenance(inputs, config, weights),
+                "untied": plan.untied,
+                "num_bytes": num_bytes,
+                "modules": [asdict(figures) for figures in weights.figures],
+            }
+            (partial / MERGE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return Outcome(folder=config.out, record=record)
+
+
+def _provenance(inputs: Inputs, config: MergeConfig, weights: MergedWeights) -> dict[str, object]:
+    """Where a merged model comes from, without a path of the machine it was made on."""
+    return {
+        "base": inputs.adapter.base_model,
+        "base_digest": inputs.base.digest,
+        "weights": inputs.weights,
+        "adapters": [{"digest": inputs.adapter.digest, "kind": inputs.adapter.kind, "weight": 1.0}],
+        "dtype": dtype_name(weights.dtype),
+        "quantize": config.quantize,
+        "versions": {
+            "lorasrv": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
