@@ -46,6 +46,23 @@ def test_same_bytes(bitsandbytes: ModuleType, shape: tuple[int, int], dtype: tor
         assert_same_bytes(bitsandbytes, values.to(dtype), quantize(values.to(dtype)))
 
 
+def test_threads_change_no_bit_of_a_large_matrix() -> None:
+    """An adapter records its base's digest, so that a base must not depend on who quantizes it."""
+    torch.manual_seed(0)
+    weight = torch.randn(70_000, 64)
+    threads_before = torch.get_num_threads()
+    found = []
+    for num_threads in (1, 2, 3, 4):
+        torch.set_num_threads(num_threads)
+        found.append(quantize(weight))
+    torch.set_num_threads(threads_before)
+    for other in found[1:]:
+        assert torch.equal(other.offset, found[0].offset)
+        assert torch.equal(other.nested_absmax, found[0].nested_absmax)
+        assert torch.equal(other.absmax, found[0].absmax)
+        assert torch.equal(other.packed, found[0].packed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.5, 1e-3])
 def test_same_bytes_at_the_borders_of_levels(bitsandbytes: ModuleType, scale: float, dtype: torch.dtype) -> None:

@@ -16,6 +16,8 @@ from lorasrv_kernels.nf4.container import NF4Weight
 
 _CHUNK_ELEMENTS = 1 << 18
 _SMALLEST_ABSMAX = 1e-38
+# torch adds more numbers than these in an order that follows its threads
+_SUMMED_BY_ONE_THREAD = 1 << 15
 
 
 def quantize(weight: Tensor, *, chunk_rows: int | None = None) -> NF4Weight:
@@ -85,7 +87,7 @@ def _quantize_blocks(weight: Tensor, packed: Tensor, absmax: Tensor) -> None:
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nested codes [blocks], nested scales [nested blocks] and the offset [1] of the scales [blocks]."""
-    offset = absmax.mean()
+    offset = torch.stack([part.sum() for part in absmax.split(_SUMMED_BY_ONE_THREAD)]).sum() / len(absmax)
     padding = -len(absmax) % NESTED_BLOCK_SIZE
     shifted = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = shifted.abs().amax(dim=1)
