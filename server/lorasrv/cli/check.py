@@ -1,6 +1,7 @@
 """`lorasrv check`: whether an adapter would be served on a base, module by module, without a server."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.settings import folder
 
 if TYPE_CHECKING:
+    import torch
+    from lorasrv_adapters.base import BaseModel
     from lorasrv_adapters.normalize import NormalizedAdapter, NormalizedModule
 
 
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lorasrv_adapters.errors import AdapterCorruptError, AdapterIncompatibleError
 
     try:
-        report = _examine(arguments.adapter, arguments.base, arguments.dtype)
+        report = examine(arguments.adapter, read_base(arguments.base, arguments.dtype))
     except (AdapterIncompatibleError, AdapterCorruptError) as error:
         if arguments.json:
             print_json({"served": False, "reasons": error.reasons})
@@ -51,53 +54,74 @@ def run(arguments: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _examine(folder: Path, base: str | None, dtype_name: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBase:
+    """A base as a server would hold it on a CPU.
+
+    Attributes:
+        name: as it was given; None for the embedded one.
+        folder: where it is.
+        base: its weights.
+        dtype: of activations, which adapters are stored in.
+    """
+
+    name: str | None
+    folder: Path
+    base: "BaseModel"
+    dtype: "torch.dtype"
+
+
+def read_base(name: str | None, dtype_name: str) -> ServedBase:
+    """Load a base to examine adapters on.
+
+    Raises:
+        ModelLoadError: it cannot be served.
+    """
+    import torch
+
+    from lorasrv.embedded import embedded_base
+    from lorasrv.model.device import resolve_dtype
+    from lorasrv.model.hub import model_folder
+    from lorasrv.model.loader import load_model
+
+    folder = embedded_base() if name is None else model_folder(name)
+    say(f"reading {folder}")
+    dtype = resolve_dtype(dtype_name, torch.device("cpu"))
+    return ServedBase(name=name, folder=folder, base=load_model(folder, dtype=dtype).base, dtype=dtype)
+
+
+def examine(folder: Path, served: ServedBase) -> dict[str, Any]:
     """What there is to say about an adapter that would be served.
 
     Raises:
         AdapterIncompatibleError: it would not be.
         AdapterCorruptError: it is damaged.
     """
-    import torch
     from lorasrv_adapters.checkpoint import read_checkpoint
     from lorasrv_adapters.image import module_bytes, pack_image
 
-    from lorasrv.model.device import resolve_dtype
-    from lorasrv.model.loader import load_model
-
-    base_folder = _base_folder(base)
-    say(f"reading {base_folder}")
-    dtype = resolve_dtype(dtype_name, torch.device("cpu"))
-    served = load_model(base_folder, dtype=dtype).base
-    adapter = read_checkpoint(folder, served)
-    image = pack_image(adapter, served, dtype)
+    adapter = read_checkpoint(folder, served.base)
+    image = pack_image(adapter, served.base, served.dtype)
     return {
         "served": True,
         "digest": adapter.digest,
         "kind": adapter.kind,
         "base_model": adapter.base_model,
         "max_rank": adapter.max_rank,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(served.dtype).removeprefix("torch."),
         "num_bytes": image.num_bytes,
-        "warnings": _warnings(adapter, base, base_folder),
+        "warnings": _warnings(adapter, served.name, served.folder),
         "modules": [
             {
                 "module": name,
                 "kind": _kind(adapter, module),
                 "rank": module.rank,
                 "scale": module.scale,
-                "num_bytes": module_bytes(module, dtype),
+                "num_bytes": module_bytes(module, served.dtype),
             }
             for name, module in adapter.modules.items()
         ],
     }
-
-
-def _base_folder(base: str | None) -> Path:
-    from lorasrv.embedded import embedded_base
-    from lorasrv.model.hub import model_folder
-
-    return embedded_base() if base is None else model_folder(base)
 
 
 def _kind(adapter: "NormalizedAdapter", module: "NormalizedModule") -> str:

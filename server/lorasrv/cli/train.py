@@ -48,25 +48,46 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and report where the adapters are."""
     config = train_config(vars(arguments), os.environ)
+    if not arguments.dry_run and arguments.audit is None:
+        return _train(config, as_json=arguments.json)
     # torch comes with this
-    from lorasrv.train.app import audit_data, estimate, train
+    from lorasrv.train.app import audit_data, estimate
 
     if arguments.dry_run:
         show_memory(estimate(config), as_json=arguments.json)
-        return ExitCode.OK
-    if arguments.audit is not None:
+    else:
         show_audits(audit_data(config, num_samples=arguments.audit), as_json=arguments.json)
-        return ExitCode.OK
+    return ExitCode.OK
+
+
+def _train(config: TrainConfig, *, as_json: bool) -> int:
+    # grpc comes with this; a server that is not there need not wait for torch
+    from lorasrv.cli.publish import Publisher, show_publications
+
+    publishers = [Publisher(config.run.publish, config)] if config.run.publish else []
+    for publisher in publishers:
+        publisher.probe()
+    from lorasrv.train.app import train
+
     with training_display(config) as display:
-        outcomes = train(config, observers=[display])
-    if arguments.json:
-        print_json({name: outcome.summary() for name, outcome in outcomes.items()})
+        outcomes = train(config, observers=[display, *publishers])
     for name, outcome in outcomes.items():
         say(f"{name}: {describe_outcome(outcome)}")
-    base = f"{config.run.base} " if config.run.base else ""
-    named = " ".join(f"--adapter {outcome.folder.name}={outcome.folder}" for outcome in outcomes.values())
-    say(f"to serve {'it' if len(outcomes) == 1 else 'them'}: lorasrv serve {base}{named}")
-    return ExitCode.OK
+    folders = {name: outcome.folder for name, outcome in outcomes.items()}
+    summaries = {name: outcome.summary() for name, outcome in outcomes.items()}
+    code = ExitCode.OK
+    for publisher in publishers:
+        publications = publisher.publish(folders)
+        code = show_publications(publications, folders, server=publisher.server)
+        for name, publication in publications.items():
+            summaries[name]["published"] = publication.summary()
+    if as_json:
+        print_json(summaries)
+    if not publishers:
+        base = f"{config.run.base} " if config.run.base else ""
+        named = " ".join(f"--adapter {folder.name}={folder}" for folder in folders.values())
+        say(f"to serve {'it' if len(folders) == 1 else 'them'}: lorasrv serve {base}{named}")
+    return code
 
 
 def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> TrainConfig:

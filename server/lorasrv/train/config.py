@@ -61,6 +61,13 @@ class RunConfig:
     resume: bool = setting(False, switch, "Go on from the newest checkpoint, as if the run had never stopped.")
     eval_every: int = setting(50, integer, "Steps between evaluations; 0: only at the end.", metavar="N")
     seed: int = setting(0, integer, "Of initial weights, order of the data and dropout.", metavar="N")
+    publish: str | None = setting(
+        None,
+        text,
+        "A running server that loads the finished adapters as new versions: of the job's name, or where there is only "
+        "one, of its folder's.",
+        metavar="HOST:PORT",
+    )
 
     def __post_init__(self) -> None:
         reasons = tuple(_range_reasons(self, _RUN_LIMITS))
