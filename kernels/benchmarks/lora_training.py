@@ -90,17 +90,17 @@ class Batch:
     def float32_products(self) -> tuple[Tensor, ...]:
         """The reference, differentiated by PyTorch."""
         none = torch.empty(0)
-        result = reference.lora_update(
-            self.y,
-            self.x,
-            [one.a for one in self.adapters],
-            [one.b for one in self.adapters],
-            [none if one.d is None else one.d for one in self.adapters],
-            [one.scale for one in self.adapters],
-            [self.y.shape[1]],
-            self.segment_tokens,
+        call = reference.LoraUpdate(
+            y=self.y,
+            x=self.x,
+            a=[one.a for one in self.adapters],
+            b=[one.b for one in self.adapters],
+            d=[none if one.d is None else one.d for one in self.adapters],
+            scales=[one.scale for one in self.adapters],
+            out_features=[self.y.shape[1]],
+            segment_tokens=self.segment_tokens,
         )
-        return self._backward(result)
+        return self._backward(reference.lora_update(call))
 
     def rounded_products(self) -> tuple[Tensor, ...]:
         """Everything in the activations' dtype."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from lora_training import Batch
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.lora.training import LowRank, lora_update, native, reference
+from lorasrv_kernels.lora.training import LowRank, lora_update, native, op, reference
+from lorasrv_kernels.lora.training.reference import LoraUpdate
 from torch import Tensor
 
 SEGMENTS = [5, 70, 9, 0, 1, 33]
@@ -26,7 +26,7 @@ Gradient = Callable[..., reference.Gradients]
 def implementations(dtype: torch.dtype) -> dict[str, tuple[Update, Gradient]]:
     """What this machine can run, by name."""
     found: dict[str, tuple[Update, Gradient]] = {
-        "op": (torch.ops.lorasrv.lora_update, torch.ops.lorasrv.lora_update_grad),
+        "op": (lambda call: op.lora_update(*call), lambda call: op.lora_update_grad(*call)),
         "reference": (reference.lora_update, reference.lora_update_grad),
     }
     widest = widest_isa()
@@ -40,16 +40,15 @@ def implementations(dtype: torch.dtype) -> dict[str, tuple[Update, Gradient]]:
 def expected_gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """The result in float64, and its gradients as PyTorch finds them in the reference."""
     exact = batch.double().trainable()
-    result = reference.lora_update(*exact.arguments())
+    result = reference.lora_update(exact.call())
     return result.detach(), list(torch.autograd.grad(result, exact.tensors(), exact.grad))
 
 
 def gradients(batch: Batch, gradient: Gradient) -> list[Tensor]:
     """In the order of `Batch.tensors`."""
-    y, *rest = batch.arguments()
-    has_d = reference.any_d(rest[3])
-    grad_y, grad_x, a, b, d = gradient(batch.grad, y if has_d else None, *rest)
-    assert has_d or grad_y.shape == (0, y.shape[1])
+    has_d = batch.has_d()
+    grad_y, grad_x, a, b, d = gradient(batch.grad_call())
+    assert has_d or grad_y.shape == (0, batch.y.shape[1])
     return [grad_y if has_d else batch.grad, grad_x, *(factor for factor in (*a, *b, *d) if factor.numel())]
 
 
@@ -69,7 +68,7 @@ def test_values_and_gradients(dtype: torch.dtype, with_d: bool, out_features: li
     batch = Batch.random(SEGMENTS, in_features, out_features, dtype, with_d=with_d)
     expected, expected_grads = expected_gradients(batch)
     for update, gradient in implementations(dtype).values():
-        check_close(update(*batch.arguments()), expected, dtype)
+        check_close(update(batch.call()), expected, dtype)
         for actual, exact in zip(gradients(batch, gradient), expected_grads, strict=True):
             check_close(actual, exact, dtype)
 
@@ -90,28 +89,27 @@ def test_backward_gives_every_gradient(dtype: torch.dtype) -> None:
 def test_gradcheck(with_d: bool) -> None:
     """In float64: the op's own gradient, and that of the reference's formula, against differences."""
     batch = Batch.random([2, 3, 1, 2], 3, [4, 3], torch.float64, ranks=(2, 0, 1), with_d=with_d).trainable()
-    y, x, a, b, d, *rest = batch.arguments()
-    tensors = [tensor for tensor in (*a, *b, *d) if tensor.requires_grad and tensor.numel()]
+    _, _, *factors = batch.call()
 
     def function(update: Update, y: Tensor, x: Tensor, *_tensors: Tensor) -> Tensor:
-        return update(y, x, a, b, d, *rest)
+        return update(LoraUpdate(y, x, *factors))
 
-    for update in (torch.ops.lorasrv.lora_update, reference.lora_update):
-        assert torch.autograd.gradcheck(partial(function, update), (y, x, *tensors))
+    for update, _ in implementations(torch.float64).values():
+        assert torch.autograd.gradcheck(partial(function, update), batch.tensors())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adapters_trained_together_or_apart_are_equal(dtype: torch.dtype) -> None:
     batch = Batch.random(SEGMENTS, 100, [96, 63], dtype)
     for name, (update, gradient) in implementations(dtype).items():
-        together = update(*batch.arguments())
-        grad_y, grad_x, *factors = gradient(batch.grad, batch.y, *batch.arguments()[1:])
+        together = update(batch.call())
+        grad_y, grad_x, *factors = gradient(batch.grad_call())
         start = 0
         for index, tokens in enumerate(batch.segment_tokens):
             alone, rows = batch.segment(index), slice(start, start + tokens)
             start += tokens
-            own_y, own_x, *own_factors = gradient(alone.grad, alone.y, *alone.arguments()[1:])
-            pairs = [(together[rows], update(*alone.arguments())), (grad_x[rows], own_x)]
+            own_y, own_x, *own_factors = gradient(alone.grad_call())
+            pairs = [(together[rows], update(alone.call())), (grad_x[rows], own_x)]
             pairs += [(grad_y[rows], own_y)] if len(own_y) else []
             for joint, own in zip(factors, own_factors, strict=True):
                 pairs += zip(joint[2 * index : 2 * index + 2], own, strict=True)
@@ -128,7 +126,7 @@ def test_threads_and_wide_instruction_sets_change_no_bit(dtype: torch.dtype, num
 
     def results(name: str) -> list[Tensor]:
         update, gradient = found[name]
-        return [update(*batch.arguments()), *gradients(batch, gradient)]
+        return [update(batch.call()), *gradients(batch, gradient)]
 
     expected = results("op")
     if Isa.AVX512.name in found:
@@ -141,11 +139,11 @@ def test_tokens_without_an_adapter_keep_their_bits() -> None:
     batch = Batch.random([4, 3, 5], 64, [32, 8], torch.float32)
     nothing = Batch(**{name: getattr(batch, name) for name in Batch.__slots__} | {"adapters": [[None, None]] * 3})
     for update, gradient in implementations(torch.float32).values():
-        assert torch.equal(update(*batch.arguments())[7:], batch.y[7:])
-        grad_y, grad_x, *_ = gradient(batch.grad, batch.y, *batch.arguments()[1:])
+        assert torch.equal(update(batch.call())[7:], batch.y[7:])
+        grad_y, grad_x, *_ = gradient(batch.grad_call())
         assert torch.equal(grad_y[7:], batch.grad[7:])
         assert not grad_x[7:].any()
-        assert torch.equal(update(*nothing.arguments()), batch.y)
+        assert torch.equal(update(nothing.call()), batch.y)
 
 
 @pytest.mark.parametrize("segments", [[], [0], [0, 0]], ids=str)
@@ -189,7 +187,7 @@ def test_where_tensors_lie_changes_no_bit() -> None:
     ]
     elsewhere = Batch(**strided)
     for update, gradient in implementations(torch.float32).values():
-        results = [[update(*each.arguments()), *gradients(each, gradient)] for each in (batch, elsewhere)]
+        results = [[update(each.call()), *gradients(each, gradient)] for each in (batch, elsewhere)]
         torch.testing.assert_close(*results)
 
 
@@ -197,18 +195,17 @@ def test_where_tensors_lie_changes_no_bit() -> None:
 def test_without_the_library_the_reference_serves() -> None:
     batch = Batch.random(SEGMENTS, 100, [96, 63], torch.float32)
     assert not native.serves(torch.float32)
-    assert torch.equal(batch.update(), reference.lora_update(*batch.arguments()))
-    gradient = torch.ops.lorasrv.lora_update_grad
+    assert torch.equal(batch.update(), reference.lora_update(batch.call()))
+    _, gradient = implementations(torch.float32)["op"]
     assert all(map(torch.equal, gradients(batch, gradient), gradients(batch, reference.lora_update_grad)))
 
 
 def test_opcheck() -> None:
     batch = Batch.random([3, 2], 12, [10, 6], torch.float32, ranks=(4, 0, 3))
-    arguments: tuple[Any, ...] = batch.trainable().arguments()
-    torch.library.opcheck(torch.ops.lorasrv.lora_update.default, arguments)
-    for y in (batch.y, None):
-        rest = (Batch.random([3, 2], 12, [10, 6], torch.float32, ranks=(4, 0, 3), with_d=y is not None)).arguments()[1:]
-        torch.library.opcheck(torch.ops.lorasrv.lora_update_grad.default, (batch.grad, y, *rest))
+    torch.library.opcheck(torch.ops.lorasrv.lora_update.default, batch.trainable().call())
+    for with_d in (True, False):
+        batch = Batch.random([3, 2], 12, [10, 6], torch.float32, ranks=(4, 0, 3), with_d=with_d)
+        torch.library.opcheck(torch.ops.lorasrv.lora_update_grad.default, batch.grad_call())
 
 
 def test_every_breach_of_the_contract_is_named() -> None:

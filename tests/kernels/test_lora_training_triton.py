@@ -7,15 +7,17 @@ import torch
 from interpreter import INTERPRETING, run_interpreted
 from lora_training import Batch
 from lorasrv_kernels.lora.training import reference
+from lorasrv_kernels.lora.training.reference import LoraUpdate, LoraUpdateGrad
 from torch import Tensor
 
 pytest.importorskip("triton")
 import aot
-from lorasrv_kernels.lora.training import triton_kernels
+from lorasrv_kernels.lora.training import triton_gradient, triton_kernels
+from lorasrv_kernels.lora.training.triton_plan import TILING, Tiling
 
 native = pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 # several blocks of everything at sizes that the interpreter gets through
-SMALL = triton_kernels.Tiling(tokens=16, ranks=16, depth=32, columns=32)
+SMALL = Tiling(tokens=16, ranks=16, depth=32, columns=32)
 # of numbers about 1: two orders of addition; then one rounding, where the interpreter cuts bits off
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 FORBIDDEN = ("ATOM", "ATOMG", "RED", "REDG")
@@ -26,37 +28,24 @@ def _poisoned(poisoned_memory: None) -> None:
     """What is read before it is written shows."""
 
 
-def moved(arguments: tuple[object, ...], device: torch.device) -> list[object]:
-    """Tensors, alone or in lists, on the device."""
-
-    def move(argument: object) -> object:
-        if isinstance(argument, Tensor):
-            return argument.to(device)
-        return [move(item) for item in argument] if isinstance(argument, list) else argument
-
-    return [move(argument) for argument in arguments]
-
-
-def results(batch: Batch, device: torch.device, tiling: triton_kernels.Tiling = SMALL) -> list[Tensor]:
+def results(batch: Batch, device: torch.device, tiling: Tiling = SMALL) -> list[Tensor]:
     """The update and every gradient."""
-    y, *rest = moved(batch.arguments(), device)
-    update = triton_kernels.lora_update(y, *rest, tiling=tiling)
-    has_d = reference.any_d(rest[2])
-    grad = batch.grad.to(device)
-    grad_y, grad_x, *factors = triton_kernels.lora_update_grad(grad, y if has_d else None, *rest, tiling=tiling)
-    flat = [factor for group in factors for factor in group]
-    return [tensor.cpu() for tensor in (update, grad_y, grad_x, *flat)]
+    there = batch.to(device)
+    update = triton_kernels.lora_update(there.call(), tiling=tiling)
+    gradients = triton_gradient.lora_update_grad(there.grad_call(), tiling=tiling)
+    return [tensor.cpu() for tensor in (update, *flat(gradients))]
 
 
 def expected(batch: Batch) -> list[Tensor]:
-    y, *rest = batch.arguments()
-    has_d = reference.any_d(rest[2])
-    grad_y, grad_x, *factors = reference.lora_update_grad(batch.grad, y if has_d else None, *rest)
-    flat = [factor for group in factors for factor in group]
-    return [reference.lora_update(y, *rest), grad_y, grad_x, *flat]
+    return [reference.lora_update(batch.call()), *flat(reference.lora_update_grad(batch.grad_call()))]
 
 
-def check(batch: Batch, device: torch.device, tiling: triton_kernels.Tiling = SMALL) -> None:
+def flat(gradients: reference.Gradients) -> list[Tensor]:
+    grad_y, grad_x, *factors = gradients
+    return [grad_y, grad_x, *(factor for group in factors for factor in group)]
+
+
+def check(batch: Batch, device: torch.device, tiling: Tiling = SMALL) -> None:
     for actual, exact in zip(results(batch, device, tiling), expected(batch), strict=True):
         assert actual.shape == exact.shape
         assert actual.dtype == exact.dtype
@@ -90,7 +79,7 @@ def test_smallest_batches(segments: list[int], triton_device: torch.device) -> N
 
 @pytest.mark.gpu
 def test_the_tiling_that_trains(triton_device: torch.device) -> None:
-    check(Batch.random([5, 40], 70, [70, 33], torch.float32), triton_device, triton_kernels.TILING)
+    check(Batch.random([5, 40], 70, [70, 33], torch.float32), triton_device, TILING)
 
 
 @pytest.mark.gpu
@@ -157,8 +146,9 @@ def test_fits_a_device(
         b = [torch.empty(width, 16) for width in out_features] * 2
         d = [torch.empty(width if with_d else 0) for width in out_features] * 2
     rest = (x, a, b, d, [2.0] * 6, out_features, segments)
-    launches = aot.record(monkeypatch, lambda: triton_kernels.lora_update(y, *rest))
-    launches += aot.record(monkeypatch, lambda: triton_kernels.lora_update_grad(grad, y if with_d else None, *rest))
+    launches = aot.record(monkeypatch, lambda: triton_kernels.lora_update(LoraUpdate(y, *rest)))
+    grad_call = LoraUpdateGrad(grad, y if with_d else None, *rest)
+    launches += aot.record(monkeypatch, lambda: triton_gradient.lora_update_grad(grad_call))
     names = ["shrink", "expand", "shrink", "shrink", "expand", "outer", "outer"]
     assert [launch.name for launch in launches] == names
     for launch in launches:

@@ -1,11 +1,11 @@
 """A batch of several adapters in training: segments of mixed lengths, slices of mixed ranks, some with a d."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from lorasrv_kernels.lora.training import LowRank, lora_update
+from lorasrv_kernels.lora.training.reference import LoraUpdate, LoraUpdateGrad, any_d
 from torch import Tensor
 
 RANKS = (8, 3, 0, 128, 16, 1, 64, 5)  # of segment and slice, round and round
@@ -56,21 +56,30 @@ class Batch:
             y=y, x=x, adapters=adapters, out_features=[*out_features], segment_tokens=[*segment_tokens], grad=grad
         )
 
-    def arguments(self) -> tuple[Any, ...]:
-        """As the op takes them."""
+    def call(self) -> LoraUpdate:
+        """As the op takes it."""
         a, b, d, scales = [], [], [], []
-        none = torch.empty(0, dtype=self.x.dtype if self.x.dtype == torch.float64 else torch.float32)
+        none = self.x.new_empty(0, dtype=self.x.dtype if self.x.dtype == torch.float64 else torch.float32)
         for row in self.adapters:
             for one, width in zip(row, self.out_features, strict=True):
                 a.append(none.view(0, self.x.shape[1]) if one is None else one.a)
                 b.append(none.view(width, 0) if one is None else one.b)
                 d.append(none if one is None or one.d is None else one.d)
                 scales.append(1.0 if one is None else one.scale)
-        return self.y, self.x, a, b, d, scales, self.out_features, self.segment_tokens
+        return LoraUpdate(self.y, self.x, a, b, d, scales, self.out_features, self.segment_tokens)
+
+    def grad_call(self) -> LoraUpdateGrad:
+        """As the op of the gradients takes it, with y only where something has a d."""
+        y, *rest = self.call()
+        return LoraUpdateGrad(self.grad, y if self.has_d() else None, *rest)
+
+    def has_d(self) -> bool:
+        """Whether any slice has a d."""
+        return any_d(self.call().d)
 
     def tensors(self) -> list[Tensor]:
         """What gradients are taken of: y, x, every A, B and d that is not empty, in the order of the op's arguments."""
-        y, x, a, b, d, *_ = self.arguments()
+        y, x, a, b, d, *_ = self.call()
         return [y, x, *(factor for factor in (*a, *b, *d) if factor.numel())]
 
     def segment(self, index: int) -> "Batch":
@@ -88,31 +97,15 @@ class Batch:
 
     def double(self) -> "Batch":
         """The same numbers in float64."""
-        return Batch(
-            y=self.y.double(),
-            x=self.x.double(),
-            adapters=[
-                [None if one is None else _low_rank(one, torch.Tensor.double) for one in row] for row in self.adapters
-            ],
-            out_features=self.out_features,
-            segment_tokens=self.segment_tokens,
-            grad=self.grad.double(),
-        )
+        return self._changed(torch.Tensor.double)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same numbers on a device."""
+        return self._changed(lambda tensor: tensor.to(device))
 
     def trainable(self) -> "Batch":
         """The same numbers as leaves that want a gradient."""
-
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone().requires_grad_()
-
-        return Batch(
-            y=leaf(self.y),
-            x=leaf(self.x),
-            adapters=[[None if one is None else _low_rank(one, leaf) for one in row] for row in self.adapters],
-            out_features=self.out_features,
-            segment_tokens=self.segment_tokens,
-            grad=self.grad,
-        )
+        return replace(self._changed(lambda tensor: tensor.detach().clone().requires_grad_()), grad=self.grad)
 
     def update(self) -> Tensor:
         """The op's result."""
@@ -123,6 +116,11 @@ class Batch:
             adapters=self.adapters,
             out_features=self.out_features,
         )
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        adapters = [[None if one is None else _low_rank(one, change) for one in row] for row in self.adapters]
+        y, x, grad = change(self.y), change(self.x), change(self.grad)
+        return replace(self, y=y, x=x, grad=grad, adapters=adapters)
 
 
 def _low_rank(one: LowRank, change: Callable[[Tensor], Tensor]) -> LowRank:

@@ -16,8 +16,8 @@ from cases import (
     relative_error,
     storage,
 )
-from lorasrv_kernels.lora import training  # noqa: F401  registers the ops
-from lorasrv_kernels.lora.training.reference import lora_update, lora_update_grad
+from lorasrv_kernels.lora.training import op
+from lorasrv_kernels.lora.training.reference import LoraUpdate, LoraUpdateGrad, lora_update, lora_update_grad
 from lorasrv_kernels.nf4 import cuda, reference
 from torch import Tensor
 
@@ -66,18 +66,21 @@ def lora_training_case(name: str, rows: int, columns: int, tokens: int, device: 
         [torch.randn(RANK, columns, device=device) / columns**0.5 for _ in range(NUM_ADAPTERS)],
         [torch.randn(rows, RANK, device=device) / RANK**0.5 for _ in range(NUM_ADAPTERS)],
         [torch.rand(rows, device=device) + 0.5 for _ in range(NUM_ADAPTERS)],
+        [2.0] * NUM_ADAPTERS,
+        [rows],
+        [tokens // NUM_ADAPTERS] * NUM_ADAPTERS,
     )
-    rest = ([2.0] * NUM_ADAPTERS, [rows], [tokens // NUM_ADAPTERS] * NUM_ADAPTERS)
-    update, gradients = torch.ops.lorasrv.lora_update, torch.ops.lorasrv.lora_update_grad
-    if device.type == "cpu":
-        from lorasrv_kernels.lora.training.triton_kernels import lora_update as update
-        from lorasrv_kernels.lora.training.triton_kernels import lora_update_grad as gradients
+    calls = LoraUpdate(y, x, *factors), LoraUpdateGrad(grad, y, x, *factors)
 
     def ours(_: int) -> list[Tensor]:
-        return flat(update(y, x, *factors, *rest), gradients(grad, y, x, *factors, *rest))
+        if device.type == "cpu":
+            from lorasrv_kernels.lora.training import triton_gradient, triton_kernels
+
+            return flat(triton_kernels.lora_update(calls[0]), triton_gradient.lora_update_grad(calls[1]))
+        return flat(op.lora_update(*calls[0]), op.lora_update_grad(*calls[1]))
 
     def library(_: int) -> list[Tensor]:
-        return flat(lora_update(y, x, *factors, *rest), lora_update_grad(grad, y, x, *factors, *rest))
+        return flat(lora_update(calls[0]), lora_update_grad(calls[1]))
 
     def error() -> float:
         return max(relative_error(actual, exact.float()) for actual, exact in zip(ours(0), library(0), strict=True))

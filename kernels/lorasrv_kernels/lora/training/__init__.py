@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.lora.training import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.lora.training import op
 
 __all__ = ["LowRank", "lora_update"]
 
@@ -54,7 +54,7 @@ def lora_update(
     flat = [low_rank for segment in adapters for low_rank in segment]
     widths = [*out_features] * len(adapters)
     in_features = x.shape[-1]
-    result: Tensor = torch.ops.lorasrv.lora_update(
+    return op.lora_update(
         y,
         x,
         [none.view(0, in_features) if one is None else one.a for one in flat],
@@ -64,4 +64,3 @@ def lora_update(
         out_features,
         segment_tokens,
     )
-    return result

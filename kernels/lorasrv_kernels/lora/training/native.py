@@ -15,7 +15,7 @@ from torch import Tensor
 from lorasrv_kernels.concatenate import concatenate
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, isa_in_use
-from lorasrv_kernels.lora.training.reference import Gradients
+from lorasrv_kernels.lora.training.reference import Gradients, LoraUpdate, LoraUpdateGrad
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -32,19 +32,11 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and all(_function(name) is not None for name in _ARGUMENTS)
 
 
-def lora_update(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-    *,
-    isa: Isa | None = None,
-) -> Tensor:
-    """As the op states it, for dtypes that `serves` names; `isa` is one that the machine must have."""
+def lora_update(call: LoraUpdate, *, isa: Isa | None = None) -> Tensor | None:
+    """As the op states it; None for dtypes that `serves` does not name. `isa` is one that the machine must have."""
+    if not serves(call.x.dtype):
+        return None
+    y, x, a, b, d, scales, out_features, segment_tokens = call
     y, x = _rows(y), _rows(x)
     result = y.new_empty(y.shape)
     slices = len(out_features)
@@ -62,20 +54,11 @@ def lora_update(
     return result
 
 
-def lora_update_grad(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-    *,
-    isa: Isa | None = None,
-) -> Gradients:
-    """The gradients of `lora_update`, as the reference states them."""
+def lora_update_grad(call: LoraUpdateGrad, *, isa: Isa | None = None) -> Gradients | None:
+    """The gradients of `lora_update`, as the reference states them; None as there."""
+    if not serves(call.x.dtype):
+        return None
+    grad, y, x, a, b, d, scales, out_features, segment_tokens = call
     grad, x, y = _rows(grad), _rows(x), None if y is None else _rows(y)
     grad_y = grad.new_empty(0, grad.shape[1]) if y is None else grad.clone(memory_format=torch.contiguous_format)
     grad_x = x.new_empty(x.shape)

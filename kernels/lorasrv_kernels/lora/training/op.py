@@ -1,36 +1,19 @@
-"""Contract of the trainable low-rank update: schemas, checks, default implementations, gradient."""
+"""Contract of the trainable low-rank update: checks, shapes, gradient, and who serves."""
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasrv_kernels import triton_modules
+from lorasrv_kernels import operators
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.lora.training import native, reference
-from lorasrv_kernels.lora.training.reference import Gradients
-
-_ADAPTERS = "Tensor[] a, Tensor[] b, Tensor[] d, float[] scales, int[] out_features, int[] segment_tokens"
-_library = torch.library.Library("lorasrv", "FRAGMENT")
-_library.define(f"lora_update(Tensor y, Tensor x, {_ADAPTERS}) -> Tensor")
-_library.define(
-    f"lora_update_grad(Tensor grad, Tensor? y, Tensor x, {_ADAPTERS}) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
-)
+from lorasrv_kernels.lora.training.reference import Gradients, LoraUpdate, LoraUpdateGrad
 
 
-def check_update(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> None:
+def check_update(call: LoraUpdate) -> None:
     """Raises KernelError naming every argument that breaks the contract of `lora_update`."""
+    y, x, a, b, d, scales, out_features, segment_tokens = call
     wrong = []
     if x.ndim != 2 or sum(segment_tokens) != x.shape[0] or min(segment_tokens, default=0) < 0:
         wrong.append(f"x must be [T, I], T the sum of {list(segment_tokens)}, got {list(x.shape)}")
@@ -60,139 +43,43 @@ def _wrong_factors(index: int, a: Tensor, b: Tensor, d: Tensor, x: Tensor, width
     ]
 
 
-def _update(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Tensor:
-    check_update(y, x, a, b, d, scales, out_features, segment_tokens)
-    return reference.lora_update(y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _update_cpu(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Tensor:
-    check_update(y, x, a, b, d, scales, out_features, segment_tokens)
-    update = native.lora_update if native.serves(x.dtype) else reference.lora_update
-    return update(y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _grad(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Gradients:
-    return reference.lora_update_grad(grad, y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _grad_cpu(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Gradients:
-    gradients = native.lora_update_grad if native.serves(x.dtype) else reference.lora_update_grad
-    return gradients(grad, y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _update_cuda(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Tensor:
-    check_update(y, x, a, b, d, scales, out_features, segment_tokens)
-    update: Callable[..., Tensor] = getattr(_kernels(x), "lora_update", reference.lora_update)
-    with torch.cuda.device_of(x):
-        return update(y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _grad_cuda(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Gradients:
-    gradients: Callable[..., Gradients] = getattr(_kernels(x), "lora_update_grad", reference.lora_update_grad)
-    with torch.cuda.device_of(x):
-        return gradients(grad, y, x, a, b, d, scales, out_features, segment_tokens)
-
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    double = x.dtype == torch.float64
-    return None if double else triton_modules.load("lorasrv_kernels.lora.training.triton_kernels")
-
-
-def _update_shape(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Tensor:
-    check_update(y, x, a, b, d, scales, out_features, segment_tokens)
-    return y.new_empty(y.shape)
-
-
-def _grad_shape(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Gradients:
-    del y, scales, out_features, segment_tokens
+def _grad_shape(call: LoraUpdateGrad) -> Gradients:
+    grad, x = call.grad, call.x
     return (
-        grad.new_empty(grad.shape if reference.any_d(d) else (0, grad.shape[1])),
+        grad.new_empty(grad.shape if reference.any_d(call.d) else (0, grad.shape[1])),
         x.new_empty(x.shape),
-        [tensor.new_empty(tensor.shape) for tensor in a],
-        [tensor.new_empty(tensor.shape) for tensor in b],
-        [tensor.new_empty(tensor.shape) for tensor in d],
+        [tensor.new_empty(tensor.shape) for tensor in call.a],
+        [tensor.new_empty(tensor.shape) for tensor in call.b],
+        [tensor.new_empty(tensor.shape) for tensor in call.d],
     )
+
+
+def _triton_serves(call: LoraUpdate | LoraUpdateGrad) -> bool:
+    return call.x.dtype != torch.float64
+
+
+lora_update = operators.define(
+    "lora_update",
+    LoraUpdate,
+    reference=reference.lora_update,
+    check=check_update,
+    shape=operators.like_first,
+    cpu=native.lora_update,
+    cuda=operators.in_triton(f"{__package__}.triton_kernels", reference.lora_update, serves=_triton_serves),
+)
+lora_update_grad = operators.define(
+    "lora_update_grad",
+    LoraUpdateGrad,
+    reference=reference.lora_update_grad,
+    shape=_grad_shape,
+    cpu=native.lora_update_grad,
+    cuda=operators.in_triton(f"{__package__}.triton_gradient", reference.lora_update_grad, serves=_triton_serves),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    y, x, a, b, d, ctx.scales, ctx.out_features, ctx.segment_tokens = inputs
+    y, x, a, b, d, *ctx.sizes = inputs
     ctx.count = len(a)
     ctx.save_for_backward(x, *a, *b, *d, *([y] if reference.any_d(d) else []))
 
@@ -201,18 +88,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *saved = ctx.saved_tensors
     a, b, d, rest = (saved[part * ctx.count : (part + 1) * ctx.count] for part in range(4))
     y = rest[0] if rest else None
-    grad_y, grad_x, grad_a, grad_b, grad_d = torch.ops.lorasrv.lora_update_grad(
-        grad, y, x, a, b, d, ctx.scales, ctx.out_features, ctx.segment_tokens
-    )
+    grad_y, grad_x, grad_a, grad_b, grad_d = lora_update_grad(grad, y, x, a, b, d, *ctx.sizes)
     return grad if y is None else grad_y, grad_x, grad_a, grad_b, grad_d, None, None, None
 
 
-_library.impl("lora_update", _update, "CompositeExplicitAutograd")
-_library.impl("lora_update", _update_cpu, "CPU")
-_library.impl("lora_update", _update_cuda, "CUDA")
-_library.impl("lora_update", _update_shape, "Meta")
-_library.impl("lora_update_grad", _grad, "CompositeExplicitAutograd")
-_library.impl("lora_update_grad", _grad_cpu, "CPU")
-_library.impl("lora_update_grad", _grad_cuda, "CUDA")
-_library.impl("lora_update_grad", _grad_shape, "Meta")
-torch.library.register_autograd("lorasrv::lora_update", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("lorasrv::lora_update", _backward, setup_context=_setup_context, lib=operators.library)

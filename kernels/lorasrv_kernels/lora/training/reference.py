@@ -16,12 +16,40 @@ Everything is computed in float32 (float64 for float64 activations) and sums run
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]
 """Of y ([0, O] where nothing has a d: the incoming gradient is it), x, every A, every B and every d ([0] if absent)."""
+
+
+class LoraUpdate(NamedTuple):
+    """Arguments of `lora_update`; a, b, d and scales have an entry per segment and slice, slices side by side."""
+
+    y: Tensor  # [T, O]
+    x: Tensor  # [T, I]
+    a: Sequence[Tensor]  # [R, I] each
+    b: Sequence[Tensor]  # [O, R] each
+    d: Sequence[Tensor]  # [O] each, or [0] if absent
+    scales: Sequence[float]
+    out_features: Sequence[int]
+    segment_tokens: Sequence[int]
+
+
+class LoraUpdateGrad(NamedTuple):
+    """Arguments of `lora_update_grad`: the incoming gradient, and those of `lora_update`."""
+
+    grad: Tensor  # [T, O]
+    y: Tensor | None  # [T, O]; None only if nothing has a d
+    x: Tensor
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    d: Sequence[Tensor]
+    scales: Sequence[float]
+    out_features: Sequence[int]
+    segment_tokens: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +81,9 @@ def any_d(d: Sequence[Tensor]) -> bool:
     return any(len(own) > 0 for own in d)
 
 
-def lora_update(
-    y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Tensor:
+def lora_update(call: LoraUpdate) -> Tensor:
     """See `lorasrv_kernels.lora.training.lora_update`."""
+    y, x, a, b, d, scales, out_features, segment_tokens = call
     wide = sum_dtype(y.dtype)
     result = torch.zeros_like(y)
     for piece in pieces(segment_tokens, out_features):
@@ -75,18 +95,9 @@ def lora_update(
     return result
 
 
-def lora_update_grad(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    d: Sequence[Tensor],
-    scales: Sequence[float],
-    out_features: Sequence[int],
-    segment_tokens: Sequence[int],
-) -> Gradients:
+def lora_update_grad(call: LoraUpdateGrad) -> Gradients:
     """The gradients of `lora_update`; y may be None if no d is given."""
+    grad, y, x, a, b, d, scales, out_features, segment_tokens = call
     wide = sum_dtype(x.dtype)
     grad_y = grad.clone(memory_format=torch.contiguous_format) if any_d(d) else grad.new_empty(0, grad.shape[1])
     grad_x = x.new_zeros(x.shape, dtype=wide)

@@ -1,0 +1,137 @@
+"""Declares ops of torch.library: each by the named tuple of its arguments, which checks and implementations are given.
+
+Knows the dispatcher, and how a tuple's fields become a schema; knows no op.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels import triton_modules
+
+P = ParamSpec("P")
+A = TypeVar("A")
+T = TypeVar("T")
+
+library = torch.library.Library("lorasrv", "FRAGMENT")
+"""What all ops are registered with."""
+
+_TYPES: dict[Any, str] = {
+    type(None): "()",
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    list[Tensor]: "Tensor[]",
+    Sequence[int]: "int[]",
+    Sequence[float]: "float[]",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+
+
+def define(
+    name: str,
+    arguments: Callable[P, A],
+    *,
+    reference: Callable[[A], T],
+    check: Callable[[A], None] | None = None,
+    shape: Callable[[A], T] | None = None,
+    mutates: str | None = None,
+    cpu: Callable[[A], T | bool | None] | None = None,
+    cuda: Callable[[A], T] | None = None,
+) -> Callable[P, T]:
+    """Registers an op and returns it.
+
+    Args:
+        name: of the op, in the namespace `lorasrv`.
+        arguments: a named tuple, a tensor first; the schema is made from its fields. A tuple, because a frozen
+            dataclass takes longer to make than the dispatcher to dispatch.
+        reference: serves where no other version does.
+        check: raises KernelError where the arguments break the contract; runs before whatever serves.
+        shape: the result, unset; None for an op in place.
+        mutates: what an op in place writes.
+        cpu: the native version. Where it has none it returns None or False, having written nothing, and the reference
+            serves; an op in place that has served returns True.
+        cuda: the version for CUDA; it runs with the device of the first argument as the current one.
+    """
+    library.define(name + _schema(arguments, get_type_hints(reference)["return"], mutates))
+    versions: dict[str, Callable[..., Any] | None] = {
+        "CompositeExplicitAutograd": reference,
+        "CPU": cpu and _native_first(cpu, reference),
+        "CUDA": cuda and _on_its_device(cuda),
+        "Meta": shape or _nothing,
+    }
+    for key, version in versions.items():
+        if version is not None:
+            library.impl(name, _checked(arguments, check or _nothing, version), key)
+    op: Callable[P, T] = getattr(torch.ops.lorasrv, name).default
+    return op
+
+
+def in_triton(
+    module: str, reference: Callable[[A], T], *, serves: Callable[[A], bool] | None = None
+) -> Callable[[A], T]:
+    """The function of the reference's name in a module that imports Triton, which the first call loads.
+
+    Where there is no Triton, or `serves` says no, it is the reference.
+    """
+    name = reference.__name__
+
+    def run(call: A) -> T:
+        kernels = None if serves and not serves(call) else triton_modules.load(module)
+        version: Callable[[A], T] = reference if kernels is None else getattr(kernels, name)
+        return version(call)
+
+    return run
+
+
+def like_first(call: tuple[Any, ...]) -> Tensor:
+    """An unset result of the shape and dtype of the first argument."""
+    first: Tensor = call[0]
+    return first.new_empty(first.shape)
+
+
+def _schema(arguments: Any, result: Any, mutates: str | None) -> str:
+    defaults: dict[str, Any] = arguments._field_defaults
+    parameters = [
+        ("Tensor(a!)" if name == mutates else _TYPES[kind])
+        + f" {name}"
+        + (f"={defaults[name]}" if name in defaults else "")
+        for name, kind in get_type_hints(arguments).items()
+    ]
+    results = f"({', '.join(_TYPES[part] for part in get_args(result))})" if get_args(result) else _TYPES[result]
+    return f"({', '.join(parameters)}) -> {results}"
+
+
+def _checked(arguments: Callable[..., A], check: Callable[[A], None], version: Callable[[A], T]) -> Callable[..., T]:
+    def run(*given: Any) -> T:
+        call = arguments(*given)
+        check(call)
+        return version(call)
+
+    return run
+
+
+def _native_first(native: Callable[[A], T | bool | None], reference: Callable[[A], T]) -> Callable[[A], T | None]:
+    def run(call: A) -> Any:
+        result = native(call)
+        if result is None or result is False:
+            return reference(call)
+        return None if result is True else result
+
+    return run
+
+
+def _on_its_device(version: Callable[..., T]) -> Callable[..., T]:
+    def run(call: tuple[Any, ...]) -> T:
+        with torch.cuda.device_of(call[0]):
+            return version(call)
+
+    return run
+
+
+def _nothing(_call: object) -> None:
+    """Checks nothing; the shape function of an op in place."""
