@@ -112,6 +112,16 @@ def test_the_embedded_base_learns_faster_unless_told_otherwise(data, tmp_path):
     assert rate(base="/srv/models/some") == JobConfig.__dataclass_fields__["learning_rate"].default == 2e-4
 
 
+def test_adalora_begins_exactly_where_the_lora_ended(lorasrv, base, data, tmp_path):
+    flags = (*flags_of(base, data), "--dtype", "float32", "--eval-fraction", 0.3)
+    (first,) = lorasrv("train", *flags, "--out", tmp_path / "lora", "--json").json.values()
+    two_stages = ("--method", "adalora", "--init-from", tmp_path / "lora", "--out", tmp_path / "adalora", "--json")
+    (then,) = lorasrv("train", *flags, *two_stages).json.values()
+    # QR and SVD in float32
+    assert then["held_out_loss_before"] == pytest.approx(first["held_out_loss"], rel=1e-5)
+    assert then["held_out_loss"] != pytest.approx(first["held_out_loss"], rel=1e-5)
+
+
 def test_everything_wrong_is_said_at_once(tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text("rank: 0\nbatch_sise: 3\njobs:\n  a: {seed: 1, rank: no}\n  b: 7\n")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from lorasrv.errors import NonFiniteLossError
 from lorasrv.model.decoder import DecoderModel
+from lorasrv.model.loader import load_model
+from lorasrv.train.batches import share_out, token_batches
 from lorasrv.train.checkpoint import CheckpointFolder
 from lorasrv.train.config import JobConfig
 from lorasrv.train.data.examples import Example
@@ -18,6 +20,7 @@ from lorasrv.train.job import TrainingJob
 from lorasrv.train.network import TrainableModel
 from lorasrv.train.observer import StepReport
 from lorasrv.train.run import TrainingRun
+from lorasrv_kernels.nf4 import NF4Weight
 
 STEPS = 6
 
@@ -69,14 +72,36 @@ def tensors_of(job: TrainingJob) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in job.adapter.parameters.tensors.items()}
 
 
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What every step that is finished from now on takes into the tensors, by role."""
+    found: list[dict[str, torch.Tensor]] = []
+    finish_step = TrainingJob.finish_step
+
+    def remembered(self: TrainingJob, step: int, *, loss: float) -> Any:
+        buffers = self.adapter.parameters.buffers.items()
+        found.append({role: buffer.grad.clone() for role, buffer in buffers if buffer.grad is not None})
+        return finish_step(self, step, loss=loss)
+
+    monkeypatch.setattr(TrainingJob, "finish_step", remembered)
+    return found
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
-def test_micro_batches_change_nothing_but_rounding(load_base: Callable[[], DecoderModel], method: str) -> None:
+def test_micro_batches_change_nothing_but_rounding(
+    load_base: Callable[[], DecoderModel], gradients: list[dict[str, torch.Tensor]], method: str
+) -> None:
     model = load_base()
     whole, cut = (new_job(model, method=method) for _ in range(2))
+    batches = token_batches(share_out([cut.examples(0)]), num_adapters=1, max_tokens=25)
+    # so that a mean of means would be another loss
+    assert len({int((batch.weights > 0).sum()) for batch in batches}) == len(batches) > 2
     first = train(model, [whole], steps=range(1))
     second = train(model, [cut], steps=range(1), tokens=25)
     assert first[0].jobs["one"].loss == pytest.approx(second[0].jobs["one"].loss, rel=1e-6)
     assert first[0].jobs["one"].gradient_norm == pytest.approx(second[0].jobs["one"].gradient_norm, rel=1e-6)
+    for role, gradient in gradients[0].items():
+        assert (gradients[1][role] - gradient).norm() <= 1e-6 * gradient.norm()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +126,25 @@ def test_an_interrupted_run_ends_bit_for_bit_as_another(
     assert whole.best is not None
     assert (goes_on.best.step, goes_on.best.loss) == (whole.best.step, whole.best.loss)
     assert goes_on.ranks() == whole.ranks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_an_evaluation_between_steps_leaves_the_gradients_as_they_would_be(
+    base_folder: Path, gradients: list[dict[str, torch.Tensor]], method: str, dtype: torch.dtype
+) -> None:
+    model = load_model(base_folder, dtype=dtype)
+    assert any(isinstance(weight, NF4Weight) for _, weight in model.stored())
+    jobs = [new_job(model, method=method, held_out=held_out) for held_out in (2, 0)]
+    for job in jobs:
+        run = TrainingRun(TrainableModel(model, checkpoint_layers=True), [job], micro_batch_tokens=200)
+        run.train(range(4), eval_every=1, report=lambda _: None, save=lambda _: None)
+    with_evaluations, without = gradients[:4], gradients[4:]
+    for step, (found, expected) in enumerate(zip(with_evaluations, without, strict=True)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[role], gradient) for role, gradient in expected.items())
+        # what begins at zero leaves the other factor without a gradient in the first step
+        assert any(gradient.any() for gradient in found.values()) if step == 0 else all(map(torch.any, found.values()))
 
 
 def test_dropout_is_for_learning_alone(load_base: Callable[[], DecoderModel]) -> None:
