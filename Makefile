@@ -7,7 +7,7 @@
 #   ARGS="..."                  more arguments for demo, serve, test, fuzz, bench, bench-peers or bench-training
 
 VENV ?= .venv
-ASSETS ?= server/lorasrv/assets
+ASSETS := server/lorasrv/assets
 TORCH_INDEX ?=
 VLLM_PYTHON ?=
 ARGS ?=
@@ -97,7 +97,7 @@ native: $(VENV)/.runtime ## Compile the native kernels anew
 assets: $(VENV)/.test $(NATIVE) ## Train the embedded base and adapters anew (TEXTS=folder STYLES=folder; hours)
 	@test -d "$(TEXTS)" && test -d "$(STYLES)" || { echo "make assets needs TEXTS=folder and STYLES=folder of .txt files" >&2; exit 2; }
 	$(BIN)/python server/make_assets/base.py "$(TEXTS)" --out $(ASSETS)/base
-	$(BIN)/python server/make_assets/adapters.py $(ASSETS)/base "$(STYLES)" --out $(ASSETS)/adapters
+	$(BIN)/python server/make_assets/adapters.py "$(STYLES)" --out $(ASSETS)/adapters
 	$(BIN)/python server/make_assets/evaluate.py $(ASSETS) "$(TEXTS)" "$(STYLES)"
 
 clean: ## Remove everything that the other verbs made
