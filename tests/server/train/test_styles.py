@@ -1,4 +1,4 @@
-"""Every kind of adapter learns a style over the embedded base: made-up ones, and of books where STYLES names a folder."""
+"""Every kind of adapter learns a style over the embedded base: made-up ones, and of books where STYLES names them."""
 
 import os
 import random
