@@ -1,6 +1,7 @@
 """`lorasrv merge`: an adapter and its base as one model folder."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lorasrv.cli.console import print_json, print_table, say, show_progress
 from lorasrv.cli.environment import resolve_from_process
@@ -8,13 +9,17 @@ from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import add_flags
 from lorasrv.merge.config import MergeConfig
 
+if TYPE_CHECKING:
+    from lorasrv.merge.app import Outcome
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "merge",
-        help="write an adapter and its base as one model",
-        description="Add an adapter's update to its base's weights, and write the result as a Hugging Face folder.",
+        help="write adapters and their base as one model, or as one adapter",
+        description="Add an adapter's update to its base's weights, and write the result as a Hugging Face folder; or "
+        "combine several adapters, each with a weight, into a model or into one more adapter.",
         allow_abbrev=False,
     )
     add_flags(parser, MergeConfig)
@@ -34,6 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(outcome.summary())
         return ExitCode.OK
+    if config.output == "adapter":
+        _report_adapter(outcome)
+        base = f"{config.base} " if config.base else ""
+        say(f"to serve it: lorasrv serve {base}--adapter {outcome.folder.name}={outcome.folder}")
+        return ExitCode.OK
     columns = ("module", "update", "kept", "error")
     rows = [
         (figures["module"], *(f"{100 * figures[key]:.2f} %" for key in ("size", "kept", "error")))
@@ -42,3 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(columns, rows)
     say(f"to serve it: lorasrv serve {outcome.folder}")
     return ExitCode.OK
+
+
+def _report_adapter(outcome: "Outcome") -> None:
+    rows = [
+        (figures["module"], str(figures["rank"]), f"{100 * figures['energy']:.2f} %", f"{figures['error']:.1e}")
+        for figures in outcome.record["modules"]
+    ]
+    print_table(("module", "rank", "energy kept", "error"), rows)

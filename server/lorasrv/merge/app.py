@@ -1,4 +1,4 @@
-"""A whole merge from its configuration: base and adapter in, one model folder out, complete or not at all.
+"""A whole merge from its configuration: base and adapters in, one folder out, complete or not at all.
 
 Knows no terminal.
 """
@@ -17,6 +17,7 @@ from lorasrv import __version__
 from lorasrv.merge.config import MergeConfig
 from lorasrv.merge.files import MergedWeights, Progress, new_files
 from lorasrv.merge.inputs import Inputs, open_inputs
+from lorasrv.merge.new_adapter import write_adapter
 from lorasrv.merge.result import plan_result
 from lorasrv.model.merged import MERGE_NAME
 from lorasrv.model.new_folder import check_absent, new_folder
@@ -44,7 +45,7 @@ class Outcome:
 
 
 def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
-    """Merges an adapter into a base and writes the result; blocks, for large models for minutes.
+    """Merges adapters into a base, or into one adapter, and writes the result; blocks, for large models for minutes.
 
     Args:
         config: what to do.
@@ -59,10 +60,14 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
     """
     check_absent(config.out)
     with open_inputs(config) as inputs:
-        plan = plan_result(inputs.raw, inputs.base, inputs.source)
+        provenance = _provenance(inputs, config)
+        if config.output == "adapter":
+            return Outcome(folder=config.out, record=write_adapter(inputs, config, provenance=provenance))
+        source = inputs.combined.source
+        plan = plan_result(inputs.raw, inputs.base, source)
         weights = MergedWeights(
             inputs.base,
-            inputs.source,
+            source,
             plan,
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
             in_nf4=config.quantize == "nf4",
@@ -76,7 +81,9 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
             for path in copied:
                 shutil.copyfile(path, partial / path.name)
             record = {
-                **_provenance(inputs, config, weights),
+                **provenance,
+                "dtype": dtype_name(weights.dtype),
+                "quantize": config.quantize,
                 "untied": plan.untied,
                 "num_bytes": num_bytes,
                 "modules": [asdict(figures) for figures in weights.figures],
@@ -85,15 +92,22 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
     return Outcome(folder=config.out, record=record)
 
 
-def _provenance(inputs: Inputs, config: MergeConfig, weights: MergedWeights) -> dict[str, object]:
-    """Where a merged model comes from, without a path of the machine it was made on."""
+def _provenance(inputs: Inputs, config: MergeConfig) -> dict[str, object]:
+    """Where a result comes from, without a path of the machine it was made on."""
+    settings: Mapping[str, Mapping[str, object]] = {
+        "linear": {},
+        "svd": {"rank": config.rank},
+        "ties": {"density": config.density},
+        "dare": {"density": config.density, "seed": config.seed},
+    }
     return {
-        "base": inputs.adapter.base_model,
+        "base": inputs.parts[0].adapter.base_model,
         "base_digest": inputs.base.digest,
         "weights": inputs.weights,
-        "adapters": [{"digest": inputs.adapter.digest, "kind": inputs.adapter.kind, "weight": 1.0}],
-        "dtype": dtype_name(weights.dtype),
-        "quantize": config.quantize,
+        "adapters": [
+            {"digest": part.adapter.digest, "kind": part.adapter.kind, "weight": part.weight} for part in inputs.parts
+        ],
+        "combine": {"method": config.combine, **settings[config.combine]},
         "versions": {
             "lorasrv": __version__,
             "torch": torch.__version__,

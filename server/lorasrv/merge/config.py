@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from lorasrv.errors import ConfigError
-from lorasrv.settings import choice, folder, number, setting, size, switch, text
+from lorasrv.settings import choice, folder, integer, number, setting, size, switch, text
+
+Combine = Literal["linear", "ties", "dare", "svd"]
 
 _WEIGHTED = re.compile(r"(?P<source>.+)=(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")
 
@@ -36,12 +38,31 @@ class MergeConfig:
     adapters: tuple[tuple[str, float], ...] = setting(
         (),
         weighted,
-        "The adapter: its folder, or hf:org/name@revision.",
+        "The adapter: its folder, or hf:org/name@revision. Repeatable: several are combined, each with its weight.",
         key="adapter",
         metavar="SOURCE[=WEIGHT]",
         repeated=True,
     )
-    out: Path = setting(None, folder, "The new model folder.", metavar="DIR")
+    out: Path = setting(None, folder, "The new folder.", metavar="DIR")
+    output: Literal["model", "adapter"] = setting(
+        "model",
+        choice("model", "adapter"),
+        "model: the base with the update in it; adapter: the update alone, as a PEFT folder.",
+        key="as",
+        metavar="model|adapter",
+    )
+    combine: Combine = setting(
+        "linear",
+        choice("linear", "ties", "dare", "svd"),
+        "How adapters are combined, by their updates: linear adds them up, ties and dare make them sparse before, svd "
+        "brings the sum down to --rank.",
+        metavar="linear|ties|dare|svd",
+    )
+    rank: int | None = setting(
+        None, integer, "The highest rank of svd, and of an adapter made of ties or dare.", metavar="R"
+    )
+    density: float = setting(0.2, number, "The part of an update's elements that ties and dare keep.", metavar="F")
+    seed: int = setting(0, integer, "Of what dare drops.", metavar="N")
     weights: Literal["auto", "dequantized", "original"] = setting(
         "auto",
         choice("auto", "dequantized", "original"),
@@ -82,9 +103,27 @@ def _reasons(config: MergeConfig) -> Iterator[str]:
         yield "out is missing: name the new model folder"
     if not config.adapters:
         yield "adapter is missing: name the adapter's folder"
-    if len(config.adapters) > 1 or any(weight != 1 for _, weight in config.adapters):
-        yield "one adapter of weight 1 is merged"
+    yield from _combine_reasons(config)
     if config.tolerance is not None and config.tolerance < 0:
         yield f"tolerance is {config.tolerance}: it must be at least 0"
     if config.shard_bytes < 1:
         yield f"shard_bytes is {config.shard_bytes}: it must be at least 1"
+
+
+def _combine_reasons(config: MergeConfig) -> Iterator[str]:
+    yield from (f"adapter {source}: its weight is 0" for source, weight in config.adapters if weight == 0)
+    sparse = config.combine in ("ties", "dare")
+    if not 0 < config.density <= 1:
+        yield f"density is {config.density}: it must be above 0 and at most 1"
+    if config.rank is not None and config.rank < 1:
+        yield f"rank is {config.rank}: it must be at least 1"
+    ranked = config.combine == "svd" or (sparse and config.output == "adapter")
+    if ranked and config.rank is None:
+        what = "an adapter made of" if sparse else "combine"
+        yield f"rank is missing: {what} {config.combine} needs the rank to come down to"
+    if config.rank is not None and not ranked:
+        yield f"rank is for svd and for adapters of ties or dare; combine {config.combine} keeps the ranks there are"
+    if config.output == "adapter" and config.quantize == "nf4":
+        yield "quantize nf4 is for a model; an adapter has no weights of the base"
+    if config.output == "adapter" and config.weights != "auto":
+        yield f"weights {config.weights} is for a model; an adapter is for the weights that its parts were trained on"

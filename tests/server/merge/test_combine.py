@@ -6,7 +6,8 @@ import peft.utils.merge_utils as peft_merge
 import pytest
 import torch
 from lorasrv.merge.adapter_folder import as_peft
-from lorasrv.merge.combine import Weighted, dare, linear, ties
+from lorasrv.merge.linear import Weighted, linear
+from lorasrv.merge.sparsify import dare, ties
 from lorasrv.merge.truncate import truncate, truncate_product
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.loader import load_model
