@@ -110,6 +110,23 @@ class Publisher(RunObserver):
                 found[name] = self._publish(client, self._ids[name], folder, served)
         return found
 
+    def show(self, publications: Mapping[str, Publication], folders: Mapping[str, Path]) -> ExitCode:
+        """Says what is served now and what is not; returns how the command ends."""
+        code = ExitCode.OK
+        for name, publication in publications.items():
+            adapter_id = publication.adapter_id
+            if publication.error is None:
+                before = publication.replaced_digest[:12]
+                place = f" in the place of {before}, on which running requests finish" if before else ""
+                say(f"published {adapter_id}@{publication.digest[:12]} at {self.server}{place}")
+                continue
+            print_error(publication.error)
+            say(f"{adapter_id} is not published; what was trained is in {folders[name]}")
+            say(f"to publish it: lorasrv adapters load --server {self.server} --replace {adapter_id}={folders[name]}")
+            if code is ExitCode.OK:
+                code = exit_code_for(publication.error) or ExitCode.FAILURE
+        return code
+
     def _publish(self, client: Client, adapter_id: str, folder: Path, served: ServedBase) -> Publication:
         try:
             digest = str(examine(folder, served)["digest"])
@@ -140,21 +157,3 @@ def _digest_now(client: Client, adapter_id: str) -> str:
         return client.get_adapter(adapter_id).digest
     except AdapterNotFoundError:
         return ""
-
-
-def show_publications(publications: Mapping[str, Publication], folders: Mapping[str, Path], *, server: str) -> ExitCode:
-    """Says what is served now and what is not; returns how the command ends."""
-    code = ExitCode.OK
-    for name, publication in publications.items():
-        adapter_id = publication.adapter_id
-        if publication.error is None:
-            before = publication.replaced_digest[:12]
-            place = f" in the place of {before}, on which running requests finish" if before else ""
-            say(f"published {adapter_id}@{publication.digest[:12]} at {server}{place}")
-            continue
-        print_error(publication.error)
-        say(f"{adapter_id} is not published; what was trained is in {folders[name]}")
-        say(f"to publish it: lorasrv adapters load --server {server} --replace {adapter_id}={folders[name]}")
-        if code is ExitCode.OK:
-            code = exit_code_for(publication.error) or ExitCode.FAILURE
-    return code

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorasrv.cli.console import print_json, say
@@ -10,9 +11,11 @@ from lorasrv.cli.environment import known_variables
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
 from lorasrv.cli.training_display import describe_outcome, show_audits, show_memory, training_display
+from lorasrv.embedded import embedded_base_name
 from lorasrv.errors import ConfigError
 from lorasrv.settings import settings_of
 from lorasrv.train.config import DEFAULTS_OVER_THE_EMBEDDED_BASE, JobConfig, RunConfig, TrainConfig
+from lorasrv.train.observer import RunObserver
 
 _JOBS = "jobs"
 _ONLY_JOB = "adapter"
@@ -61,33 +64,55 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: TrainConfig, *, as_json: bool) -> int:
-    # grpc comes with this; a server that is not there need not wait for torch
-    from lorasrv.cli.publish import Publisher, show_publications
+    publisher = None
+    if config.run.publish:
+        # grpc comes with this
+        from lorasrv.cli.publish import Publisher
 
-    publishers = [Publisher(config.run.publish, config)] if config.run.publish else []
-    for publisher in publishers:
+        publisher = Publisher(config.run.publish, config)
         publisher.probe()
-    from lorasrv.train.app import train
+    with _metrics_page(config.run) as metrics:
+        # torch comes with this; a server or a port that is not to be had should not wait for it
+        from lorasrv.train.app import train
 
-    with training_display(config) as display:
-        outcomes = train(config, observers=[display, *publishers])
+        with training_display(config) as display:
+            outcomes = train(config, observers=[*filter(None, (publisher, metrics)), display])
     for name, outcome in outcomes.items():
         say(f"{name}: {describe_outcome(outcome)}")
     folders = {name: outcome.folder for name, outcome in outcomes.items()}
     summaries = {name: outcome.summary() for name, outcome in outcomes.items()}
     code = ExitCode.OK
-    for publisher in publishers:
+    if publisher is None:
+        base = f"{config.run.base} " if config.run.base else ""
+        named = " ".join(f"--adapter {folder.name}={folder}" for folder in folders.values())
+        say(f"to serve {'it' if len(folders) == 1 else 'them'}: lorasrv serve {base}{named}")
+    else:
         publications = publisher.publish(folders)
-        code = show_publications(publications, folders, server=publisher.server)
+        code = publisher.show(publications, folders)
         for name, publication in publications.items():
             summaries[name]["published"] = publication.summary()
     if as_json:
         print_json(summaries)
-    if not publishers:
-        base = f"{config.run.base} " if config.run.base else ""
-        named = " ".join(f"--adapter {folder.name}={folder}" for folder in folders.values())
-        say(f"to serve {'it' if len(folders) == 1 else 'them'}: lorasrv serve {base}{named}")
     return code
+
+
+@contextmanager
+def _metrics_page(run: RunConfig) -> Iterator[RunObserver | None]:
+    """Serves metrics of the run while the body runs, if that is asked for; gives what is to be told of it."""
+    if not run.metrics_port:
+        yield None
+        return
+    from lorasrv.metrics.endpoint import MetricsServer
+    from lorasrv.metrics.training import TrainingMetrics
+
+    metrics = TrainingMetrics(base_model=run.base or embedded_base_name())
+    try:
+        page = MetricsServer(metrics.registry, host=run.metrics_host, port=run.metrics_port)
+    except OSError as error:
+        raise ConfigError([f"cannot listen on {run.metrics_host}:{run.metrics_port}: {error.strerror}"]) from error
+    with page:
+        say(f"metrics are at http://{run.metrics_host}:{page.port}/metrics")
+        yield metrics
 
 
 def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> TrainConfig:

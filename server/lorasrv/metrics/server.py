@@ -17,6 +17,7 @@ from lorasrv import __version__
 from lorasrv.engine.observer import EngineStats, RequestStats, StepStats
 from lorasrv.metrics.adapters import AdapterSeries
 from lorasrv.metrics.families import CANCELLED_BY, REJECTION_REASONS, Families
+from lorasrv.metrics.labels import with_labels
 from lorasrv.metrics.state import ServerState, state_families
 
 
@@ -130,15 +131,7 @@ class ServerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields every family, each sample with the label `base_model`."""
-        for family in self._all_families():
-            # a copy: samples of the counters themselves stay as they are; _created only doubles the page
-            labelled = Metric(family.name, family.documentation, family.type, family.unit)
-            labelled.samples = [
-                sample._replace(labels={"base_model": self._base_model, **sample.labels})
-                for sample in family.samples
-                if not sample.name.endswith("_created")
-            ]
-            yield labelled
+        yield from with_labels(self._all_families(), base_model=self._base_model)
 
     def _all_families(self) -> Iterator[Metric]:
         yield from self._families.collect()

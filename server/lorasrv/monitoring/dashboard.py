@@ -1,14 +1,16 @@
-"""Writes the Grafana dashboard: `python -m lorasrv.monitoring.dashboard > server/lorasrv/monitoring/grafana.json`.
+"""Writes the Grafana dashboards beside this file: `python -m lorasrv.monitoring.dashboard`.
 
 Knows Grafana's dashboard JSON (the classic model, which every current version imports); what the panels ask is in
-`lorasrv.monitoring.panels`.
+`lorasrv.monitoring.panels` and `lorasrv.monitoring.training_panels`.
 """
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from lorasrv.monitoring.panels import ROWS, Panel
+from lorasrv.monitoring import panels, training_panels
+from lorasrv.monitoring.panels import Panel, Row
 
 Json = Mapping[str, object]
 
@@ -19,28 +21,69 @@ _PANEL_HEIGHT = 8
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def dashboard() -> Json:
-    """Returns the dashboard as Grafana's JSON."""
-    return {
-        "uid": "lorasrv",
-        "title": "lorasrv",
-        "description": "One base model, many adapters: traffic, latency, adapter residency, engine and errors.",
-        "tags": ["lorasrv", "llm", "lora"],
-        "schemaVersion": _SCHEMA_VERSION,
-        "editable": True,
-        "graphTooltip": 1,
-        "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"},
-        "timezone": "browser",
-        "templating": {"list": [_datasource_variable(), _instance_variable()]},
-        "panels": list(_panels()),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dashboard:
+    """A dashboard.
+
+    Attributes:
+        uid: Grafana's name of it.
+        title: what it is about.
+        description: what it shows.
+        tags: to find it by.
+        rows: of panels.
+        present: a metric that every instance has.
+    """
+
+    uid: str
+    title: str
+    description: str
+    tags: Sequence[str]
+    rows: Sequence[Row]
+    present: str
+
+    def as_json(self) -> Json:
+        """The dashboard as Grafana's JSON."""
+        return {
+            "uid": self.uid,
+            "title": self.title,
+            "description": self.description,
+            "tags": list(self.tags),
+            "schemaVersion": _SCHEMA_VERSION,
+            "editable": True,
+            "graphTooltip": 1,
+            "refresh": "30s",
+            "time": {"from": "now-1h", "to": "now"},
+            "timezone": "browser",
+            "templating": {"list": [_datasource_variable(), _instance_variable(self.present)]},
+            "panels": list(_panels(self.rows)),
+        }
 
 
-def _panels() -> Iterator[Json]:
+DASHBOARDS: Mapping[str, Dashboard] = {
+    "grafana.json": Dashboard(
+        uid="lorasrv",
+        title="lorasrv",
+        description="One base model, many adapters: traffic, latency, adapter residency, engine and errors.",
+        tags=("lorasrv", "llm", "lora"),
+        rows=panels.ROWS,
+        present="lorasrv_build_info",
+    ),
+    "grafana_training.json": Dashboard(
+        uid="lorasrv-training",
+        title="lorasrv: training",
+        description="Training runs: losses, learning rate, ranks, speed, memory and checkpoints.",
+        tags=("lorasrv", "llm", "lora", "training"),
+        rows=training_panels.ROWS,
+        present="lorasrv_train_step",
+    ),
+}
+"""By the name of its file."""
+
+
+def _panels(rows: Sequence[Row]) -> Iterator[Json]:
     top = 0
     panel_id = 0
-    for row in ROWS:
+    for row in rows:
         panel_id += 1
         position = {"x": 0, "y": top, "w": _COLUMNS, "h": 1}
         yield {"id": panel_id, "type": "row", "title": row.title, "collapsed": False, "gridPos": position, "panels": []}
@@ -85,8 +128,8 @@ def _datasource_variable() -> Json:
     return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
 
 
-def _instance_variable() -> Json:
-    query = "label_values(lorasrv_build_info, instance)"
+def _instance_variable(present: str) -> Json:
+    query = f"label_values({present}, instance)"
     return {
         "name": "instance",
         "label": "Instance",
@@ -104,4 +147,5 @@ def _instance_variable() -> Json:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dashboard(), indent=2) + "\n")
+    for name, one in DASHBOARDS.items():
+        (Path(__file__).parent / name).write_text(json.dumps(one.as_json(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The panels of the dashboard: what is asked of Prometheus, and what a reader is told about it.
+"""The panels of a server's dashboard: what is asked of Prometheus, and what a reader is told about it.
 
 Knows metric names and PromQL; how a panel becomes Grafana's JSON is in `lorasrv.monitoring.dashboard`.
 """
@@ -38,19 +38,23 @@ class Row:
     panels: Sequence[Panel]
 
 
-def _rate(metric: str, *by: str) -> str:
+def rate(metric: str, *by: str) -> str:
+    """A second's worth of a counter, over the chosen instances."""
     return f"sum{_by(*by)} (rate(lorasrv_{metric}{_INSTANCE}[$__rate_interval]))"
 
 
-def _quantile(quantile: float, metric: str, *by: str) -> str:
-    return f"histogram_quantile({quantile}, {_rate(f'{metric}_bucket', 'le', *by)})"
+def quantile(share: float, metric: str, *by: str) -> str:
+    """A quantile of a histogram, over the chosen instances."""
+    return f"histogram_quantile({share}, {rate(f'{metric}_bucket', 'le', *by)})"
 
 
-def _mean(metric: str, *by: str) -> str:
-    return f"{_rate(f'{metric}_sum', *by)} / {_rate(f'{metric}_count', *by)}"
+def mean(metric: str, *by: str) -> str:
+    """The mean of a histogram, over the chosen instances."""
+    return f"{rate(f'{metric}_sum', *by)} / {rate(f'{metric}_count', *by)}"
 
 
-def _gauge(metric: str, *by: str) -> str:
+def gauge(metric: str, *by: str) -> str:
+    """A gauge, added up over the chosen instances."""
     return f"sum{_by(*by)} (lorasrv_{metric}{_INSTANCE})"
 
 
@@ -59,11 +63,12 @@ def _by(*labels: str) -> str:
 
 
 def _p50_p95(metric: str) -> tuple[tuple[str, str], ...]:
-    return (_quantile(0.5, metric), "p50"), (_quantile(0.95, metric), "p95")
+    return (quantile(0.5, metric), "p50"), (quantile(0.95, metric), "p95")
 
 
-def _mean_p95(metric: str) -> tuple[tuple[str, str], ...]:
-    return (_mean(metric), "mean"), (_quantile(0.95, metric), "p95")
+def mean_p95(metric: str) -> tuple[tuple[str, str], ...]:
+    """Two lines about a histogram."""
+    return (mean(metric), "mean"), (quantile(0.95, metric), "p95")
 
 
 _OVERVIEW = (
@@ -71,22 +76,22 @@ _OVERVIEW = (
         title="Requests per second",
         description="Calls answered, by status code.",
         unit="reqps",
-        queries=((_rate("requests_total", "code"), "{{code}}"),),
+        queries=((rate("requests_total", "code"), "{{code}}"),),
     ),
     Panel(
         title="Tokens per second",
         description="Tokens prefilled, those computed again after a preemption included, and tokens generated.",
         unit="short",
-        queries=((_rate("prompt_tokens_total"), "prompt"), (_rate("generated_tokens_total"), "generated")),
+        queries=((rate("prompt_tokens_total"), "prompt"), (rate("generated_tokens_total"), "generated")),
     ),
     Panel(
         title="Requests running and queued",
         description="Requests in the batch, requests waiting, and how many may wait before new ones are rejected.",
         unit="short",
         queries=(
-            (_gauge("requests_running"), "running"),
-            (_gauge("requests_queued"), "queued"),
-            (_gauge("queue_capacity"), "queue capacity"),
+            (gauge("requests_running"), "running"),
+            (gauge("requests_queued"), "queued"),
+            (gauge("queue_capacity"), "queue capacity"),
         ),
     ),
     Panel(
@@ -94,8 +99,8 @@ _OVERVIEW = (
         description="From a request's arrival to its first token, for adapters and for the plain base.",
         unit="s",
         queries=(
-            (_quantile(0.5, "time_to_first_token_seconds", "adapted"), "p50, adapted {{adapted}}"),
-            (_quantile(0.95, "time_to_first_token_seconds", "adapted"), "p95, adapted {{adapted}}"),
+            (quantile(0.5, "time_to_first_token_seconds", "adapted"), "p50, adapted {{adapted}}"),
+            (quantile(0.95, "time_to_first_token_seconds", "adapted"), "p95, adapted {{adapted}}"),
         ),
     ),
     Panel(
@@ -115,16 +120,16 @@ _OVERVIEW = (
         description="Mean seconds waiting, until the first token, and from there to the last.",
         unit="s",
         queries=(
-            (_mean("queue_time_seconds"), "queue"),
-            (_mean("prefill_time_seconds"), "prefill"),
-            (_mean("decode_time_seconds"), "decode"),
+            (mean("queue_time_seconds"), "queue"),
+            (mean("prefill_time_seconds"), "prefill"),
+            (mean("decode_time_seconds"), "decode"),
         ),
     ),
     Panel(
         title="Servers",
         description="Instances by version, and those that are shutting down.",
         unit="short",
-        queries=((_gauge("build_info", "version"), "{{version}}"), (_gauge("draining"), "draining")),
+        queries=((gauge("build_info", "version"), "{{version}}"), (gauge("draining"), "draining")),
         kind="stat",
     ),
 )
@@ -134,49 +139,49 @@ _ADAPTERS = (
         title="Adapters per step",
         description="Distinct adapters mixed in one engine step; the base is none.",
         unit="short",
-        queries=_mean_p95("batch_adapters"),
+        queries=mean_p95("batch_adapters"),
     ),
     Panel(
         title="Slots by level",
         description="Adapters kept on the device and in host memory, and how many there is room for.",
         unit="short",
         queries=(
-            (_gauge("adapter_slots_used", "level"), "{{level}} used"),
-            (_gauge("adapter_slots", "level"), "{{level}} slots"),
+            (gauge("adapter_slots_used", "level"), "{{level}} used"),
+            (gauge("adapter_slots", "level"), "{{level}} slots"),
         ),
     ),
     Panel(
         title="Bytes by level",
         description="Memory of the adapters kept on the device and in host memory.",
         unit="bytes",
-        queries=((_gauge("adapter_bytes", "level"), "{{level}}"),),
+        queries=((gauge("adapter_bytes", "level"), "{{level}}"),),
     ),
     Panel(
         title="Loads and evictions",
         description="Adapters loaded or refused, and idle ones that made room. Steady evictions: too few slots.",
         unit="ops",
         queries=(
-            (_rate("adapter_loads_total", "result", "reason"), "load {{result}} {{reason}}"),
-            (_rate("adapter_evictions_total", "level"), "evicted from {{level}}"),
+            (rate("adapter_loads_total", "result", "reason"), "load {{result}} {{reason}}"),
+            (rate("adapter_evictions_total", "level"), "evicted from {{level}}"),
         ),
     ),
     Panel(
         title="Load duration",
         description="From asking for an adapter to it being servable; running requests do not wait for it.",
         unit="s",
-        queries=_mean_p95("adapter_load_duration_seconds"),
+        queries=mean_p95("adapter_load_duration_seconds"),
     ),
     Panel(
         title="Top adapters by tokens",
         description="Prompt and generated tokens of finished requests; adapters below the heaviest are _other.",
         unit="short",
-        queries=((f"topk(10, {_rate('adapter_tokens_total', 'adapter_id')})", "{{adapter_id}}"),),
+        queries=((f"topk(10, {rate('adapter_tokens_total', 'adapter_id')})", "{{adapter_id}}"),),
     ),
     Panel(
         title="Top adapters by requests",
         description="Finished requests a second; adapters below the heaviest are _other.",
         unit="reqps",
-        queries=((f"topk(10, {_rate('adapter_requests_total', 'adapter_id')})", "{{adapter_id}}"),),
+        queries=((f"topk(10, {rate('adapter_requests_total', 'adapter_id')})", "{{adapter_id}}"),),
     ),
 )
 
@@ -191,13 +196,13 @@ _ENGINE = (
         title="Steps per second",
         description="Engine steps run.",
         unit="ops",
-        queries=((_rate("engine_steps_total"), "steps"),),
+        queries=((rate("engine_steps_total"), "steps"),),
     ),
     Panel(
         title="Batch size",
         description="Requests in one engine step.",
         unit="short",
-        queries=_mean_p95("batch_requests"),
+        queries=mean_p95("batch_requests"),
     ),
     Panel(
         title="KV cache use",
@@ -210,13 +215,13 @@ _ENGINE = (
         title="Preemptions per second",
         description="Sequences that gave up their KV blocks and were computed again. Steady: too little KV memory.",
         unit="ops",
-        queries=((_rate("preemptions_total"), "preemptions"),),
+        queries=((rate("preemptions_total"), "preemptions"),),
     ),
     Panel(
         title="Tokens per request",
         description="Mean length of prompts and of answers.",
         unit="short",
-        queries=((_mean("request_prompt_tokens"), "prompt"), (_mean("request_generated_tokens"), "generated")),
+        queries=((mean("request_prompt_tokens"), "prompt"), (mean("request_generated_tokens"), "generated")),
     ),
 )
 
@@ -227,13 +232,13 @@ _ERRORS = (
         title="Rejected by reason",
         description="Requests turned away before their first step.",
         unit="reqps",
-        queries=((_rate("requests_rejected_total", "reason"), "{{reason}}"),),
+        queries=((rate("requests_rejected_total", "reason"), "{{reason}}"),),
     ),
     Panel(
         title="Cancelled by phase",
         description="Requests ended early: queued or running, by the client, their deadline or a reader too slow.",
         unit="reqps",
-        queries=((_rate("requests_cancelled_total", "phase", "by"), "{{phase}}, by {{by}}"),),
+        queries=((rate("requests_cancelled_total", "phase", "by"), "{{phase}}, by {{by}}"),),
     ),
     Panel(
         title="Share of calls that failed",
@@ -242,7 +247,7 @@ _ERRORS = (
         queries=(
             (
                 # a method that never failed has no such series, and zero is what it should show
-                f"({_FAILED_CALLS} or 0 * {_rate('requests_total', 'method')}) / {_rate('requests_total', 'method')}",
+                f"({_FAILED_CALLS} or 0 * {rate('requests_total', 'method')}) / {rate('requests_total', 'method')}",
                 "{{method}}",
             ),
         ),

@@ -39,7 +39,18 @@ from lorasrv.train.report import render_report
 from lorasrv.train.run import TrainingRun
 
 _LONGEST_BY_DEFAULT = 2048
-_OF_NO_CONSEQUENCE = ("base", "resume", "save_every", "out", "data", "eval_data", "chat_template", "publish")
+_OF_NO_CONSEQUENCE = (
+    "base",
+    "resume",
+    "save_every",
+    "out",
+    "data",
+    "eval_data",
+    "chat_template",
+    "publish",
+    "metrics_port",
+    "metrics_host",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,10 @@ class RunConfig:
         "one, of its folder's.",
         metavar="HOST:PORT",
     )
+    metrics_port: int = setting(
+        0, integer, "The port of a Prometheus page about the run; 0: there is none.", metavar="PORT"
+    )
+    metrics_host: str = setting("127.0.0.1", text, "The address that page listens on.", metavar="HOST")
 
     def __post_init__(self) -> None:
         reasons = tuple(_range_reasons(self, _RUN_LIMITS))
@@ -226,6 +230,7 @@ _RUN_LIMITS: _Limits = (
     ("micro_batch_tokens", 2, None),
     ("eval_every", 0, None),
     ("save_every", 0, None),
+    ("metrics_port", 0, 65535),
 )
 _JOB_LIMITS: _Limits = (
     ("eval_fraction", 0, 0.9),

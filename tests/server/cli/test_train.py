@@ -2,6 +2,8 @@
 
 import json
 import re
+import socket
+import urllib.request
 
 import pytest
 import torch
@@ -255,3 +257,44 @@ def test_a_dry_run_tells_the_memory_and_does_nothing(lorasrv, base, tmp_path):
     more = lorasrv("train", *flags, "--rank", 64, "--json").json
     assert more["resident_bytes"] > parts["resident_bytes"]
     assert not (tmp_path / "adapter").exists()
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_a_run_has_a_page_of_metrics_until_it_ends(lorasrv, base, data, tmp_path, monkeypatch):
+    port, pages, write = _free_port(), [], TrainingJob.write
+
+    def read_and_write(self, provenance, *, beside):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+            pages.append(page.read().decode())
+        return write(self, provenance, beside=beside)
+
+    monkeypatch.setattr(TrainingJob, "write", read_and_write)
+    out, steps = tmp_path / "poet", ("--method", "adalora", "--save-every", 2)
+    end = lorasrv("train", *flags_of(base, data), *steps, "--out", out, "--metrics-port", port)
+    assert end.code == 0, end.err
+    assert f"metrics are at http://127.0.0.1:{port}/metrics" in end.err
+    (page,) = pages
+    found = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("lorasrv_train_"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    run, job = f'{{base_model="{base}"}}', f'{{base_model="{base}",training_job="adapter"}}'
+    assert float(found[f"lorasrv_train_step{run}"]) == 3
+    assert float(found[f"lorasrv_train_tokens_total{run}"]) == sum(row["tokens"] for row in rows)
+    assert float(found[f"lorasrv_train_checkpoint_duration_seconds_count{run}"]) == 1
+    assert float(found[f"lorasrv_train_held_out_loss{job}"]) == rows[-1]["held_out_loss"]
+    ranks = [row["ranks"] for row in rows if "ranks" in row][-1]
+    assert float(found[f"lorasrv_train_total_rank{job}"]) == sum(ranks.values())
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_a_port_that_is_taken_is_said_before_the_first_step(lorasrv, base, data, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        end = lorasrv("train", *flags_of(base, data), "--out", tmp_path / "poet", "--metrics-port", port)
+    assert (end.code, end.out) == (3, "")
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in end.err
+    assert not list(tmp_path.glob("poet*"))

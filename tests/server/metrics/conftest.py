@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 from lorasrv.engine.observer import EngineStats, RequestStats, StepStats
 from lorasrv.metrics import LevelState, ServerMetrics, ServerState
+from lorasrv.metrics.training import TrainingMetrics
+from lorasrv.train.observer import RunStart, StepReport, StepResult
 
 
 def server_state(**changes) -> ServerState:
@@ -91,3 +93,40 @@ def exercised(metrics) -> ServerMetrics:
     metrics.adapter_load_failed("ADAPTER_CORRUPT")
     metrics.adapter_evicted("device")
     return metrics
+
+
+def step_report(**changes) -> StepReport:
+    ranks = {"model.layers.0.self_attn.q_proj": 3, "model.layers.11.mlp.up_proj": 5, "lm_head": 2}
+    result = StepResult(loss=2.5, learning_rate=1e-3, gradient_norm=0.75, ranks=ranks)
+    values = {
+        "step": 1,
+        "tokens": 600,
+        "seconds": 0.5,
+        "seconds_left": 90.0,
+        "memory_bytes": 2**30,
+        "num_shrinks": 1,
+        "jobs": {"poet": result},
+        "evaluations": {"poet": 2.75},
+    }
+    return StepReport(**(values | changes))
+
+
+@pytest.fixture
+def training_step() -> Callable[..., StepReport]:
+    """Makes a training step's figures; keyword arguments replace fields."""
+    return step_report
+
+
+@pytest.fixture
+def training_metrics() -> TrainingMetrics:
+    """Metrics of a run that has loaded its base."""
+    return TrainingMetrics(base_model="tiny")
+
+
+@pytest.fixture
+def exercised_training(training_metrics) -> TrainingMetrics:
+    """Metrics that hold at least one series of every family."""
+    training_metrics.run_started(RunStart(base_digest="ab", jobs=("poet",), first_step=0, max_steps=200))
+    training_metrics.step_finished(step_report())
+    training_metrics.checkpoint_written(1, 0.25)
+    return training_metrics

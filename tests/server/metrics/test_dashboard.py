@@ -1,4 +1,4 @@
-"""The dashboard asks only for what is exported, and for all of it."""
+"""The dashboards ask only for what is exported, and for all of it."""
 
 import json
 import re
@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 import pytest
-from lorasrv.metrics import ServerMetrics
-from lorasrv.monitoring.dashboard import dashboard
+from lorasrv.monitoring.dashboard import DASHBOARDS
 
 # families that no panel needs, each with its reason
 NOT_ON_THE_DASHBOARD = {
@@ -70,21 +69,23 @@ def read_name(text: str, following: str, opened: list[tuple[str, str]], asked: A
             asked.rated.add(text)
 
 
-def panels() -> list[dict]:
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+def panels(name: str) -> list[dict]:
+    return [panel for panel in DASHBOARDS[name].as_json()["panels"] if panel["type"] != "row"]
 
 
-def expressions() -> list[str]:
-    return [target["expr"] for panel in panels() for target in panel["targets"]]
+def expressions(name: str) -> list[str]:
+    return [target["expr"] for panel in panels(name) for target in panel["targets"]]
 
 
 @pytest.fixture
-def exported(exercised: ServerMetrics) -> dict[str, tuple[str, set[str]]]:
-    """Sample name -> (name and type of its family, labels)."""
-    found: dict[str, tuple[str, str, set[str]]] = {}
-    for family in exercised.registry.collect():
-        for sample in family.samples:
-            found.setdefault(sample.name, (family.name, family.type, set()))[2].update(sample.labels)
+def exported(exercised, exercised_training) -> dict[str, dict[str, tuple[str, str, set[str]]]]:
+    """By dashboard: sample name -> (name and type of its family, labels)."""
+    found: dict[str, dict[str, tuple[str, str, set[str]]]] = {}
+    for name, metrics in zip(DASHBOARDS, (exercised, exercised_training), strict=True):
+        samples = found[name] = {}
+        for family in metrics.registry.collect():
+            for sample in family.samples:
+                samples.setdefault(sample.name, (family.name, family.type, set()))[2].update(sample.labels)
     return found
 
 
@@ -99,63 +100,82 @@ def test_reader_refuses_what_it_does_not_know(wrong):
         parse(wrong)
 
 
-@pytest.mark.parametrize("expression", expressions())
-def test_expression_names_what_is_exported(expression, exported):
-    asked = parse(expression)
-    assert asked.metrics <= exported.keys()
-    labels = set().union(*(exported[name][2] for name in asked.metrics)) | LABELS_OF_PROMETHEUS
+@pytest.mark.parametrize(("name", "expression"), [(name, one) for name in DASHBOARDS for one in expressions(name)])
+def test_expression_names_what_is_exported(name, expression, exported):
+    asked, samples = parse(expression), exported[name]
+    assert asked.metrics <= samples.keys()
+    labels = set().union(*(samples[metric][2] for metric in asked.metrics)) | LABELS_OF_PROMETHEUS
     assert asked.labels <= labels
-    counted = {name for name in asked.metrics if exported[name][1] in {"counter", "histogram"}}
+    counted = {metric for metric in asked.metrics if samples[metric][1] in {"counter", "histogram"}}
     # a counter alone says nothing, and a rate of a gauge is wrong
     assert counted == asked.rated
     if "histogram_quantile" in expression:
         assert "le" in asked.labels
 
 
-def test_every_family_is_watched(exported):
-    asked = set().union(*(parse(expression).metrics for expression in expressions()))
-    watched = {exported[name][0] for name in asked}
-    ours = {family for family, _, _ in exported.values()}
-    assert ours - watched == NOT_ON_THE_DASHBOARD
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_every_family_is_watched(name, exported):
+    samples = exported[name]
+    asked = set().union(*(parse(expression).metrics for expression in expressions(name)))
+    watched = {samples[metric][0] for metric in asked}
+    ours = {family for family, _, _ in samples.values()}
+    assert ours - watched == NOT_ON_THE_DASHBOARD & ours
+    assert DASHBOARDS[name].present in samples
 
 
-def test_legends_name_labels_of_their_expression():
-    for panel in panels():
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_legends_name_labels_of_their_expression(name):
+    for panel in panels(name):
         for target in panel["targets"]:
             legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
             assert legend <= parse(target["expr"]).labels, panel["title"]
 
 
-def test_panels_can_be_read_by_a_stranger():
-    titles = [panel["title"] for panel in panels()]
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_can_be_read_by_a_stranger(name):
+    titles = [panel["title"] for panel in panels(name)]
     assert len(set(titles)) == len(titles)
-    for panel in panels():
+    for panel in panels(name):
         assert panel["description"].endswith("."), panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert panel["datasource"]["uid"] == "${datasource}"
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
 
 
-def test_panels_do_not_overlap():
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_do_not_overlap(name):
+    found = DASHBOARDS[name].as_json()["panels"]
     cells = [
         (x, y)
-        for position in (panel["gridPos"] for panel in dashboard()["panels"])
+        for position in (panel["gridPos"] for panel in found)
         for x in range(position["x"], position["x"] + position["w"])
         for y in range(position["y"], position["y"] + position["h"])
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
-    ids = [panel["id"] for panel in dashboard()["panels"]]
+    ids = [panel["id"] for panel in found]
     assert len(set(ids)) == len(ids)
 
 
-def test_rows_and_variables():
-    rows = [panel["title"] for panel in dashboard()["panels"] if panel["type"] == "row"]
-    assert rows == ["Overview", "Adapters", "Engine", "Errors"]
-    variables = {variable["name"]: variable["type"] for variable in dashboard()["templating"]["list"]}
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("grafana.json", ["Overview", "Adapters", "Engine", "Errors"]),
+        ("grafana_training.json", ["Learning", "Ranks", "Machine"]),
+    ],
+)
+def test_rows_and_variables(name, rows):
+    found = DASHBOARDS[name].as_json()
+    assert [panel["title"] for panel in found["panels"] if panel["type"] == "row"] == rows
+    variables = {variable["name"]: variable["type"] for variable in found["templating"]["list"]}
     assert variables == {"datasource": "datasource", "instance": "query"}
 
 
-def test_committed_file_is_what_the_panels_say():
-    committed = json.loads(files("lorasrv.monitoring").joinpath("grafana.json").read_text())
-    assert committed == dashboard(), "python -m lorasrv.monitoring.dashboard > server/lorasrv/monitoring/grafana.json"
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_committed_file_is_what_the_panels_say(name):
+    committed = json.loads(files("lorasrv.monitoring").joinpath(name).read_text())
+    assert committed == DASHBOARDS[name].as_json(), "python -m lorasrv.monitoring.dashboard"
+
+
+def test_dashboards_are_told_apart():
+    assert len({dashboard.uid for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
