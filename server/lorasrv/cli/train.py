@@ -77,8 +77,8 @@ def _train(config: TrainConfig, *, as_json: bool) -> int:
 
         with training_display(config) as display:
             outcomes = train(config, observers=[*filter(None, (publisher, metrics)), display])
-    for name, outcome in outcomes.items():
-        say(f"{name}: {describe_outcome(outcome)}")
+    for outcome in outcomes.values():
+        say(f"{outcome.folder.name}: {describe_outcome(outcome)}")
     folders = {name: outcome.folder for name, outcome in outcomes.items()}
     summaries = {name: outcome.summary() for name, outcome in outcomes.items()}
     code = ExitCode.OK

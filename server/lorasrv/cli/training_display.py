@@ -77,7 +77,8 @@ def describe_outcome(outcome: "Outcome") -> str:
     if outcome.held_out_loss is not None:
         before, after = outcome.held_out_loss
         loss = f", held-out loss {before:.3f} before and {after:.3f} after, nats a token"
-    return f"ranks {min(ranks)} to {max(ranks)}{loss}; {outcome.folder / 'report.html'} tells how it went"
+    spread = "-".join(str(rank) for rank in sorted({min(ranks), max(ranks)}))
+    return f"rank {spread}{loss}; {outcome.folder / 'report.html'} tells how it went"
 
 
 def show_audits(audits: Mapping[str, "Audit"], *, as_json: bool) -> None:

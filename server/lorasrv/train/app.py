@@ -30,7 +30,7 @@ from lorasrv.train.data.conversation import ChatTemplate
 from lorasrv.train.data.examples import Example, Tally, encode_samples
 from lorasrv.train.data.records import read_records
 from lorasrv.train.data.samples import to_sample
-from lorasrv.train.history import HISTORY_NAME, History
+from lorasrv.train.history import HISTORY_NAME, History, Row
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.memory import MemoryPart, estimate_memory
 from lorasrv.train.network import TrainableModel
@@ -133,9 +133,9 @@ def train(config: TrainConfig, *, observers: Sequence[RunObserver] = ()) -> dict
         job.take_best()
         after = training.evaluate(job) if job.held_out else None
         provenance = _provenance(config, job.name, model)
-        facts = _facts(job, data[job.name].tally, before.get(job.name), after)
+        facts = _facts(job, data[job.name], base_name, before.get(job.name), after)
         outcomes[job.name] = Outcome(
-            folder=job.write(provenance, beside=histories.files(job.name, facts)),
+            folder=job.write(provenance, beside=histories.files(job.name, facts, held_out_before=before.get(job.name))),
             tally=data[job.name].tally,
             ranks=job.ranks(),
             held_out_loss=None if after is None else (before[job.name], after),
@@ -229,26 +229,43 @@ class RunHistories(RunObserver):
             self._ranks[name] = ranks
             self._histories[name].append(report, name, ranks=ranks if changed else None)
 
-    def files(self, name: str, facts: Mapping[str, str]) -> dict[str, bytes]:
+    def files(self, name: str, facts: Mapping[str, str], *, held_out_before: float | None) -> dict[str, bytes]:
         """What is put beside a finished adapter: the history, and the page about it."""
-        rows = self._histories[name].rows()
-        page = render_report(f"Training of {name}", rows, facts=facts, modules=list(self._jobs[name].ranks()))
+        job, rows = self._jobs[name], self._histories[name].rows()
+        page = render_report(
+            f"Training of {job.out.name}",
+            rows,
+            facts={**facts, "run": _length(rows)},
+            modules=list(job.ranks()),
+            held_out_before=held_out_before,
+        )
         content = "".join(json.dumps(row) + "\n" for row in rows)
         return {HISTORY_NAME: content.encode(), "report.html": page.encode()}
 
 
-def _facts(job: TrainingJob, tally: Tally, before: float | None, after: float | None) -> dict[str, str]:
-    config, ranks = job.config, list(job.ranks().values())
+def _facts(
+    job: TrainingJob, data: "_Data", base_name: str, before: float | None, after: float | None
+) -> dict[str, str]:
+    config, ranks, tally = job.config, list(job.ranks().values()), data.tally
+    lowest, highest = min(ranks), max(ranks)
+    spread = f"{lowest}" if lowest == highest else f"{lowest} to {highest}, {sum(ranks) / len(ranks):.3g} on average,"
     facts = {
-        "method": config.method,
-        "ranks": f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {len(ranks)} modules",
-        "data": f"{tally.examples} examples, {tally.supervised_tokens} of {tally.tokens} tokens learned",
+        "base": base_name,
+        "method": f"{config.method}, rank {spread} in {len(ranks)} modules",
+        "data": f"{len(data.examples)} examples, and {len(data.held_out)} held out; "
+        f"{tally.supervised_tokens / tally.tokens:.1%} of {tally.tokens} tokens are learned",
         "batch": f"{config.batch_size} examples a step",
     }
     if after is not None and before is not None:
-        best = "" if job.best is None else f", best after step {job.best.step}"
-        facts["held-out loss"] = f"{before:.4f} before, {after:.4f} after, nats a token{best}"
+        best = "" if job.best is None else f"; the best, after step {job.best.step}, was taken"
+        facts["held-out loss"] = f"{before:.4f} before, {after:.4f} after, in nats a token{best}"
     return facts
+
+
+def _length(rows: Sequence[Row]) -> str:
+    """How long a run was; its tokens are those of all jobs."""
+    minutes, seconds = divmod(round(sum(row["seconds"] for row in rows)), 60)
+    return f"{len(rows)} steps over {sum(row['tokens'] for row in rows)} tokens in {minutes} min {seconds} s"
 
 
 def _check_folders(config: TrainConfig) -> None:

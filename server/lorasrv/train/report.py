@@ -75,7 +75,14 @@ class Series:
     dotted: bool = False
 
 
-def render_report(title: str, rows: Sequence[Row], *, facts: Mapping[str, str], modules: Sequence[str]) -> str:
+def render_report(
+    title: str,
+    rows: Sequence[Row],
+    *,
+    facts: Mapping[str, str],
+    modules: Sequence[str],
+    held_out_before: float | None = None,
+) -> str:
     """The page as HTML.
 
     Args:
@@ -83,9 +90,13 @@ def render_report(title: str, rows: Sequence[Row], *, facts: Mapping[str, str], 
         rows: of its history, at least one.
         facts: what else is worth saying, by name.
         modules: the adapted modules, in the base's order; a map of ranks is drawn if ranks ever changed.
+        held_out_before: the held-out loss before the first step.
     """
     losses = [Series(name="training", points=_smooth(_points(rows, "loss")))]
-    if held_out := _points(rows, "held_out_loss"):
+    held_out = _points(rows, "held_out_loss")
+    if held_out_before is not None:
+        held_out.insert(0, (0, held_out_before))
+    if held_out:
         losses.append(Series(name="held out", points=held_out, dotted=True))
     speed = [(row["step"], row["tokens"] / row["seconds"]) for row in rows if row["seconds"] > 0]
     charts = [

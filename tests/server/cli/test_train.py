@@ -47,6 +47,10 @@ def test_an_adapter_of_every_kind_would_be_served(lorasrv, base, data, tmp_path,
     checked = lorasrv("check", out, "--base", base, "--json")
     assert checked.code == 0, checked.err
     assert json.loads((out / "provenance.json").read_text())["method"] == method
+    page = (out / "report.html").read_text()
+    assert "Training of adapter" in page
+    assert "<dd>11 examples, and 1 held out; 97.9% of " in page
+    assert "<dd>3 steps over " in page
 
 
 def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
@@ -62,8 +66,8 @@ def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
     assert first == "training a, b for 2 steps"
     line = r"step 2/2: loss a=\S+ b=\S+, learning rate \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
     assert re.fullmatch(line, shown)
-    assert about_a == f"a: ranks 5 to 5; {tmp_path / 'a' / 'report.html'} tells how it went"
-    assert about_b.startswith("b: ranks 5 to 5; ")
+    assert about_a == f"a: rank 5; {tmp_path / 'a' / 'report.html'} tells how it went"
+    assert about_b.startswith("b: rank 5; ")
     assert serve == f"to serve them: lorasrv serve {base} --adapter a={tmp_path / 'a'} --adapter b={tmp_path / 'b'}"
 
 
