@@ -47,6 +47,7 @@ NATIVE_FUNCTIONS = {
     "lora": ("lorasrv_lora_apply",),
     "attention": ("lorasrv_paged_attention", "lorasrv_store_kv"),
     "norm, rope, activation": ("lorasrv_rms_norm", "lorasrv_rotate", "lorasrv_silu_mul"),
+    "their gradients": ("lorasrv_rms_norm_grad", "lorasrv_silu_mul_grad"),
     "decoder layers": ("lorasrv_decoder_layers",),
     "instruction set": ("lorasrv_cpu_isa",),
 }

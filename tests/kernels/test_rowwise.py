@@ -6,7 +6,7 @@ import pytest
 import torch
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.rowwise import native, reference, rms_norm, rotate_, silu_mul
+from lorasrv_kernels.rowwise import native, reference, rms_norm, rms_norm_grad, rotate_, silu_mul, silu_mul_grad
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -155,3 +155,57 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.lorasrv.rms_norm.default, (torch.randn(2, 20), torch.randn(20), 1e-5))
     torch.library.opcheck(torch.ops.lorasrv.silu_mul.default, (*torch.randn(2, 3, 20),))
     torch.library.opcheck(torch.ops.lorasrv.rotate_.default, (torch.randn(3, 2, 20), angles_of(3, 20)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 63), (5, 100), (17, 704)], ids=str)
+def test_gradient_of_the_activation(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate, up, grad = (4 * torch.randn(3, *shape)).to(dtype)
+    gate[:, :1] = 0
+    wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
+    expected = torch.autograd.grad(wide[0] * wide[0].sigmoid() * wide[1], wide, grad.double())
+    kernels = [silu_mul_grad, reference.silu_mul_grad]
+    if dtype != torch.float16:
+        kernels += [partial(native.silu_mul_grad, isa=isa) for isa in isas()]
+    for kernel in kernels:
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(
+            kernel(grad, gate, up).double(), torch.cat(expected, dim=1), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 63), (2, 3, 64), (5, 100), (17, 704)], ids=str)
+def test_gradient_of_the_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad = (4 * torch.randn(2, *shape)).to(dtype)
+    weight = torch.randn(shape[-1]).to(dtype)
+    wide = x.double().requires_grad_()
+    quotient = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt()
+    for scale, normed in ((weight, quotient * weight.double()), (None, quotient)):
+        (expected,) = torch.autograd.grad(normed, wide, grad.double(), retain_graph=True)
+        kernels = [rms_norm_grad, reference.rms_norm_grad]
+        if dtype != torch.float16:
+            kernels += [partial(native.rms_norm_grad, isa=isa) for isa in isas()]
+        for kernel in kernels:
+            # two terms of the size of grad, which may cancel
+            tolerance = TOLERANCE[dtype]
+            torch.testing.assert_close(
+                kernel(grad, x, scale, 0.01).double(), expected, rtol=tolerance, atol=4 * tolerance
+            )
+
+
+def test_gradients_refuse_what_does_not_fit() -> None:
+    x = torch.randn(3, 8)
+    with pytest.raises(KernelError, match=r"grad must be torch.float32 \[3, 8\], got torch.float32 \[3, 4\]"):
+        rms_norm_grad(x[:, :4], x, None, 0.01)
+    with pytest.raises(KernelError, match=r"grad must be torch.float32 \[3, 8\], got torch.bfloat16"):
+        silu_mul_grad(x.bfloat16(), x, x)
+
+
+@pytest.mark.parametrize("op", [torch.ops.lorasrv.rms_norm_grad, torch.ops.lorasrv.silu_mul_grad], ids=str)
+def test_gradients_pass_opcheck(op: object) -> None:
+    tensors = torch.randn(3, 5, 64)
+    last = (None, 0.01) if "norm" in str(op) else (tensors[2],)
+    torch.library.opcheck(op.default, (tensors[0], tensors[1], *last))

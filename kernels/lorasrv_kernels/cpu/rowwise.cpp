@@ -35,15 +35,20 @@ struct Kernels {
     void (*silu_mul)(const E*, const E*, int64_t, E*);
     void (*rotate)(E*, const float*, int64_t);
     void (*rms_norm)(E*, const E*, const E*, float, int64_t, E*);
+    void (*silu_mul_grad)(const E*, const E*, const E*, int64_t, E*, E*);
+    void (*rms_norm_grad)(const E*, const E*, const E*, float, int64_t, E*);
 };
 
 template <typename E>
 Kernels<E> kernels(int32_t isa) {
 #if defined(__x86_64__)
-    if (isa >= kAvx512) return {avx512::silu_mul<E>, avx512::rotate<E>, avx512::rms_norm<E>};
-    if (isa == kAvx2) return {avx2::silu_mul<E>, avx2::rotate<E>, avx2::rms_norm<E>};
+    if (isa >= kAvx512) return {avx512::silu_mul<E>, avx512::rotate<E>, avx512::rms_norm<E>, avx512::silu_mul_grad<E>,
+                avx512::rms_norm_grad<E>};
+    if (isa == kAvx2) return {avx2::silu_mul<E>, avx2::rotate<E>, avx2::rms_norm<E>, avx2::silu_mul_grad<E>,
+                avx2::rms_norm_grad<E>};
 #endif
-    return {portable::silu_mul<E>, portable::rotate<E>, portable::rms_norm<E>};
+    return {portable::silu_mul<E>, portable::rotate<E>, portable::rms_norm<E>, portable::silu_mul_grad<E>,
+                portable::rms_norm_grad<E>};
 }
 
 template <typename Run>
@@ -106,5 +111,34 @@ extern "C" void lorasrv_rotate(void* heads, int64_t row_stride, int64_t head_str
         for (int64_t i = 0; i < num_rows; ++i)
             for (int64_t head = 0; head < num_heads; ++head)
                 rotate(static_cast<E*>(heads) + i * row_stride + head * head_stride, angles + 2 * half * i, half);
+    });
+}
+
+// grad [num_rows, count] and out [num_rows, 2 count], the gradient of gate beside that of up, contiguous.
+extern "C" void lorasrv_silu_mul_grad(const void* grad, const void* gate, int64_t gate_stride, const void* up,
+                                      int64_t up_stride, void* out, int64_t num_rows, int64_t count, int32_t dtype,
+                                      int32_t isa) {
+    with_element(dtype, [&](auto* element) {
+        using E = std::remove_pointer_t<decltype(element)>;
+        const auto row = kernels<E>(isa).silu_mul_grad;
+#pragma omp parallel for schedule(static) if (num_rows * count >= kParallelElements)
+        for (int64_t i = 0; i < num_rows; ++i) {
+            E* target = static_cast<E*>(out) + 2 * count * i;
+            row(static_cast<const E*>(grad) + i * count, static_cast<const E*>(gate) + i * gate_stride,
+                static_cast<const E*>(up) + i * up_stride, count, target, target + count);
+        }
+    });
+}
+
+// grad, x and out [num_rows, count], contiguous; weight may be null.
+extern "C" void lorasrv_rms_norm_grad(const void* grad, const void* x, const void* weight, float epsilon, void* out,
+                                      int64_t num_rows, int64_t count, int32_t dtype, int32_t isa) {
+    with_element(dtype, [&](auto* element) {
+        using E = std::remove_pointer_t<decltype(element)>;
+        const auto row = kernels<E>(isa).rms_norm_grad;
+#pragma omp parallel for schedule(static) if (num_rows * count >= kParallelElements)
+        for (int64_t i = 0; i < num_rows; ++i)
+            row(static_cast<const E*>(grad) + i * count, static_cast<const E*>(x) + i * count,
+                static_cast<const E*>(weight), epsilon, count, static_cast<E*>(out) + i * count);
     });
 }

@@ -58,3 +58,43 @@ LORASRV_TARGET void rms_norm(E* x, const E* delta, const E* weight, float epsilo
         store_part(out + i, count - i, value);
     }
 }
+
+// The gradient of silu_mul: with s = 1 / (1 + e^-gate), those of gate and of up.
+template <typename E>
+LORASRV_TARGET void silu_mul_grad(const E* grad, const E* gate, const E* up, int64_t count, E* gate_out, E* up_out) {
+    const Lanes zero = broadcast(0.0f), one = broadcast(1.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Lanes value = load_part(gate + i, count - i), incoming = load_part(grad + i, count - i);
+        const Lanes positive = largest(zero, value), negative = largest(zero, subtract(zero, value));
+        const Lanes power = exp_of_negative(subtract(zero, add(positive, negative)));
+        const Lanes inverse = divide(one, add(one, power));
+        // the larger and the smaller one of s and 1 - s
+        const Lanes other = multiply(power, inverse);
+        const Lanes sigmoid = add(other, zero_below(value, zero, subtract(inverse, other)));
+        const Lanes slope = multiply(sigmoid, fused(value, subtract(one, sigmoid), one));
+        store_part(gate_out + i, count - i,
+                   multiply(multiply(incoming, load_part(up + i, count - i)), slope));
+        store_part(up_out + i, count - i, multiply(incoming, multiply(value, sigmoid)));
+    }
+}
+
+// The gradient of rms_norm without a delta: with r = 1 / sqrt(mean(x^2) + epsilon) and g = grad * weight,
+// out = r g - x r^3 mean(g x).
+template <typename E>
+LORASRV_TARGET void rms_norm_grad(const E* grad, const E* x, const E* weight, float epsilon, int64_t count, E* out) {
+    Lanes squares = broadcast(0.0f), products = broadcast(0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Lanes value = load_part(x + i, count - i);
+        Lanes incoming = load_part(grad + i, count - i);
+        if (weight) incoming = multiply(incoming, load_part(weight + i, count - i));
+        squares = fused(value, value, squares);
+        products = fused(value, incoming, products);
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / count + epsilon);
+    const Lanes factor = broadcast(inverse), along = broadcast(-inverse * inverse * inverse * sum(products) / count);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Lanes incoming = load_part(grad + i, count - i);
+        if (weight) incoming = multiply(incoming, load_part(weight + i, count - i));
+        store_part(out + i, count - i, fused(load_part(x + i, count - i), along, multiply(incoming, factor)));
+    }
+}

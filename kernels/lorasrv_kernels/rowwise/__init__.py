@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.rowwise import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.rowwise import gradient as _gradient  # noqa: F401  registers the ops
+from lorasrv_kernels.rowwise import op as _op  # noqa: F401
 
-__all__ = ["rms_norm", "rotate_", "silu_mul"]
+__all__ = ["rms_norm", "rms_norm_grad", "rotate_", "silu_mul", "silu_mul_grad"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
@@ -54,4 +55,38 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         KernelError: shapes or dtypes break this contract.
     """
     result: Tensor = torch.ops.lorasrv.silu_mul(gate, up)
+    return result
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """The gradient of `rms_norm` for x, in float32 inside, as if nothing were rounded on the way.
+
+    Args:
+        grad: that of the norm, of the shape and dtype of x.
+        x, weight, epsilon: what the norm was given.
+
+    Returns:
+        A new contiguous tensor of the shape and dtype of x.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    result: Tensor = torch.ops.lorasrv.rms_norm_grad(grad, x, weight, epsilon)
+    return result
+
+
+def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradients of `silu_mul`, in float32 inside.
+
+    Args:
+        grad: that of the product, [T, I].
+        gate, up: what it was given.
+
+    Returns:
+        A new contiguous [T, 2 I]: of gate, then of up.
+
+    Raises:
+        KernelError: shapes or dtypes break this contract.
+    """
+    result: Tensor = torch.ops.lorasrv.silu_mul_grad(grad, gate, up)
     return result

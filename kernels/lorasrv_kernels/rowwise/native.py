@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _KIND = (ctypes.c_int32, ctypes.c_int32)
 _SILU_ARGUMENTS = (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER, *_KIND)
 _NORM_ARGUMENTS = (*(_POINTER, _INTEGER, _INTEGER), _POINTER, ctypes.c_float, _POINTER, *[_INTEGER] * 3, *_KIND)
+_SILU_GRAD_ARGUMENTS = (_POINTER, *[_POINTER, _INTEGER] * 2, _POINTER, _INTEGER, _INTEGER, *_KIND)
+_NORM_GRAD_ARGUMENTS = (*[_POINTER] * 3, ctypes.c_float, _POINTER, _INTEGER, _INTEGER, *_KIND)
 _ROTATE_ARGUMENTS = (_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, *_KIND)
 
 
@@ -84,9 +87,60 @@ def silu_mul(gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | No
     return out
 
 
+def rms_norm_grad(
+    grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float, *, isa: Isa | None = None
+) -> Tensor | None:
+    """The gradient, as `lorasrv_kernels.rowwise.rms_norm_grad` states it.
+
+    Args:
+        grad, x, weight, epsilon: as the op takes them.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        Of the shape of x; None where there is no native version: library not built, or neither float32 nor bfloat16.
+    """
+    function, dtype = _function("lorasrv_rms_norm_grad", _NORM_GRAD_ARGUMENTS), _DTYPES.get(x.dtype)
+    if function is None or dtype is None:
+        return None
+    isa = isa_in_use() if isa is None else isa
+    grad, x = grad.contiguous(), x.contiguous()
+    out, count = torch.empty_like(x), x.shape[-1]
+    place = None if weight is None else weight.data_ptr()
+    num_rows = x.numel() // max(1, count)
+    function(grad.data_ptr(), x.data_ptr(), place, epsilon, out.data_ptr(), num_rows, count, dtype, isa)
+    return out
+
+
+def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | None:
+    """The gradients, as `lorasrv_kernels.rowwise.silu_mul_grad` states them.
+
+    Args:
+        grad, gate, up: as the op takes them.
+        isa: one that the machine must have; None for the one in use.
+
+    Returns:
+        [T, 2 I]; None where there is no native version: library not built, or neither float32 nor bfloat16.
+    """
+    function, dtype = _function("lorasrv_silu_mul_grad", _SILU_GRAD_ARGUMENTS), _DTYPES.get(gate.dtype)
+    if function is None or dtype is None:
+        return None
+    isa = isa_in_use() if isa is None else isa
+    grad = grad.contiguous()
+    gate, up = (part if part.stride(1) == 1 else part.contiguous() for part in (gate, up))
+    out = gate.new_empty(len(gate), 2 * gate.shape[1])
+    rows = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), out.data_ptr())
+    function(grad.data_ptr(), *rows, *gate.shape, dtype, isa)
+    return out
+
+
 @functools.cache
 def _functions() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]] | None:
     rotate = library.function("lorasrv_rotate", _ROTATE_ARGUMENTS)
     silu = library.function("lorasrv_silu_mul", _SILU_ARGUMENTS)
     norm = library.function("lorasrv_rms_norm", _NORM_ARGUMENTS)
     return None if rotate is None or silu is None or norm is None else (rotate, silu, norm)
+
+
+@functools.cache
+def _function(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    return library.function(name, arguments)

@@ -1,4 +1,7 @@
-"""The specification of `rms_norm`, `rotate_` and `silu_mul`, in float32. No row of a result depends on another."""
+"""The specification of `rms_norm`, `rotate_`, `silu_mul` and two gradients, in float32.
+
+No row of a result depends on another.
+"""
 
 import torch
 from torch import Tensor
@@ -24,3 +27,19 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     wide = gate.float()
     # silu and sigmoid take another path for the last few elements of a tensor, exp does not
     return (wide / wide.neg().exp_().add_(1)).to(gate.dtype).mul_(up).contiguous()
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """See `lorasrv_kernels.rowwise.rms_norm_grad`."""
+    wide, incoming = x.float(), grad.float() if weight is None else grad.float() * weight
+    inverse = wide.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    along = inverse.pow(3) * (wide * incoming).mean(-1, keepdim=True)
+    return (inverse * incoming - along * wide).to(x.dtype)
+
+
+def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """See `lorasrv_kernels.rowwise.silu_mul_grad`."""
+    incoming, wide = grad.float(), gate.float()
+    sigmoid = wide.sigmoid()
+    of_gate = incoming * up * sigmoid * (1 + wide * (1 - sigmoid))
+    return torch.cat([of_gate, incoming * wide * sigmoid], dim=1).to(gate.dtype)

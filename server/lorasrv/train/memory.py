@@ -62,7 +62,7 @@ def estimate_memory(
     parameters = sum(_parameters(job, shapes, run.max_steps) for job in jobs.values())
     tokens = max(run.micro_batch_tokens, max_tokens)
     doras = any(job.method == "dora" for job in jobs.values())
-    layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras)
+    layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras, again=run.checkpoint_layers)
     kept = tokens * model.hidden_size * dtype_bytes * model.num_layers
     return [
         MemoryPart(name="base, linear layers", num_bytes=_linear_bytes(shapes, run, dtype_bytes)),
@@ -108,17 +108,18 @@ def _wide_bytes(model: ModelConfig, dtype_bytes: int) -> int:
     return dtype_bytes * sum(sizes)
 
 
-def _layer_bytes(model: ModelConfig, dtype_bytes: int, *, dora: bool) -> int:
-    """Bytes a token that autograd keeps of one layer: see `lorasrv.train.network`."""
+def _layer_bytes(model: ModelConfig, dtype_bytes: int, *, dora: bool, again: bool) -> int:
+    """Bytes a token that autograd keeps of one layer: see `lorasrv.train.network`.
+
+    `again`: of one whose activations are computed again, where norms and the gated product are kept too.
+    """
     hidden, inner = model.hidden_size, model.intermediate_size
     heads, kv_heads = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    # the norms' inputs in float32
-    wide = _FLOAT * 2 * hidden
-    # inputs of adapters, then queries, keys and values repeated for every head, and what attention gives
-    narrow = 2 * hidden + 4 * heads
-    # gate, its activation, up, and their product
-    narrow += 4 * inner
+    # what norms and adapters take; queries, keys and values repeated for every head, and what attention gives
+    elements = 2 * hidden + 4 * heads + 2 * inner
+    if again:
+        elements += 2 * hidden + inner
     if dora:
         # the base's own outputs
-        narrow += heads + 2 * kv_heads + 2 * hidden + 2 * inner
-    return wide + dtype_bytes * narrow
+        elements += heads + 2 * kv_heads + 2 * hidden + 2 * inner
+    return dtype_bytes * elements

@@ -5,8 +5,9 @@ packed with. Knows what an adapter does to a layer; knows no method, data or opt
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.layers import RotaryTable
 from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
 from lorasrv.train.adapter import TrainableAdapter
+from lorasrv.train.attention import attend_blockwise
 from lorasrv.train.loss import token_losses
+from lorasrv.train.rowwise import gated_activation, recomputed, rms_norm
 
 _NORM_ROWS = 512
 
@@ -126,7 +129,10 @@ class TrainableGroup:
 class TrainableLayer:
     """One decoder layer."""
 
-    def __init__(self, config: ModelConfig, stored: Mapping[str, Weight], *, layer: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, stored: Mapping[str, Weight], *, layer: int, dtype: torch.dtype, keep: bool
+    ) -> None:
+        """Takes its weights out of `stored`; with `keep` autograd keeps norms and activations too."""
         prefix = layer_prefix(layer)
         names = [f"{prefix}.{module}" for module in MODULES]
         self._qkv, self._output, self._gate_up, self._down = (
@@ -137,18 +143,35 @@ class TrainableLayer:
         self._config = config
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._window = config.windows[layer]
+        self._keep = keep
 
     def forward(self, x: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """x: [T, I]; angles: [T, 1, D] float32. Returns [T, I]."""
-        epsilon = self._config.rms_norm_eps
-        heads = self._qkv.forward(rms_norm(x, self._norms[0], epsilon), batch, adapters)
-        query, key, value = heads.unflatten(1, (-1, self._config.head_size)).split(self._heads, dim=1)
-        if self._qk_norms is not None:
-            query, key = rms_norm(query, self._qk_norms[0], epsilon), rms_norm(key, self._qk_norms[1], epsilon)
-        attended = attend(rotate(query, angles), rotate(key, angles), value, batch.lengths, window=self._window)
+        heads = self._normed(self._qkv, self._norms[0], x, batch, adapters)
+        attended = self._attend(heads.unflatten(1, (-1, self._config.head_size)), angles, batch.lengths)
         x = x + self._output.forward(attended.flatten(1), batch, adapters)
-        gate, up = self._gate_up.forward(rms_norm(x, self._norms[1], epsilon), batch, adapters).chunk(2, dim=1)
-        return x + self._down.forward(F.silu(gate) * up, batch, adapters)
+        gate_up = self._normed(self._gate_up, self._norms[1], x, batch, adapters)
+        inner = gated_activation(gate_up)
+        with nullcontext() if self._keep else recomputed(inner, partial(gated_activation, gate_up.detach())):
+            return x + self._down.forward(inner, batch, adapters)
+
+    def _normed(
+        self, group: TrainableGroup, norm: Tensor, x: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]
+    ) -> Tensor:
+        epsilon = self._config.rms_norm_eps
+        normed = rms_norm(x, norm, epsilon)
+        with nullcontext() if self._keep else recomputed(normed, partial(rms_norm, x.detach(), norm, epsilon)):
+            return group.forward(normed, batch, adapters)
+
+    def _attend(self, heads: Tensor, angles: Tensor, lengths: Sequence[int]) -> Tensor:
+        """heads: [T, H + 2 Hkv, D]. Returns [T, H, D]."""
+        query, key, value = heads.split(self._heads, dim=1)
+        if self._qk_norms is not None:
+            epsilon = self._config.rms_norm_eps
+            query, key = rms_norm(query, self._qk_norms[0], epsilon), rms_norm(key, self._qk_norms[1], epsilon)
+        if heads.device.type == "cpu":
+            return attend_blockwise(query, key, value, angles, lengths, window=self._window)
+        return attend(rotate(query, angles), rotate(key, angles), value, lengths, window=self._window)
 
 
 class TrainableModel:
@@ -168,7 +191,7 @@ class TrainableModel:
             device=model.device,
         )
         self._layers = [
-            TrainableLayer(model.config, stored, layer=layer, dtype=model.dtype)
+            TrainableLayer(model.config, stored, layer=layer, dtype=model.dtype, keep=checkpoint_layers)
             for layer in range(model.config.num_layers)
         ]
         self._checkpoint_layers = checkpoint_layers
@@ -184,12 +207,6 @@ class TrainableModel:
             else:
                 x = layer.forward(x, angles, batch, adapters)
         return token_losses(rms_norm(x, self._final_norm, self._epsilon), self._head, batch.targets, batch.weights)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square norm over the last dimension, in float32 inside, as the model serves it."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
 
 
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:

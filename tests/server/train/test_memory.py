@@ -74,5 +74,5 @@ def test_checkpointed_layers_and_8_bit_states_take_less() -> None:
     job = JobConfig(out=Path("/x"), data=(Path("/x"),))
     kept = estimate_memory(model, run, {"a": job}, dtype_bytes=2, optimizer="adamw", max_tokens=512)
     whole, checkpointed = sum(part.num_bytes for part in kept if "activations" in part.name), parts(model)
-    assert sum(part.num_bytes for name, part in checkpointed.items() if "activations" in name) < 0.1 * whole
+    assert sum(part.num_bytes for name, part in checkpointed.items() if "activations" in name) < 0.12 * whole
     assert parts(model, optimizer="adamw_8bit")["optimizer states"].num_bytes < 0.26 * kept[4].num_bytes

@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_examples(load_base: Ca
 def test_a_job_without_progress_stops_and_the_best_is_kept(load_base: Callable[[], DecoderModel]) -> None:
     model = load_base()
     # so large a rate makes everything worse
-    job, other = new_job(model, learning_rate=5.0, patience=1, clip=0.0), new_job(model, name="other")
+    job, other = new_job(model, learning_rate=500.0, patience=1, clip=0.0), new_job(model, name="other")
     reports = train(model, [job, other])
     assert [sorted(report.jobs) for report in reports] == [["one", "other"]] * 4 + [["other"]] * 2
     assert job.best is not None
