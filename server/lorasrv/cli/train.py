@@ -10,10 +10,11 @@ from lorasrv.cli.console import print_json, say
 from lorasrv.cli.environment import known_variables
 from lorasrv.cli.exit_codes import ExitCode
 from lorasrv.cli.layers import Config, add_flags, collect, read_mapping, read_yaml
+from lorasrv.cli.recommend import show_recommendation
 from lorasrv.cli.training_display import describe_outcome, show_audits, show_memory, training_display
 from lorasrv.embedded import embedded_base_name
 from lorasrv.errors import ConfigError
-from lorasrv.settings import settings_of
+from lorasrv.settings import settings_of, size
 from lorasrv.train.config import DEFAULTS_OVER_THE_EMBEDDED_BASE, JobConfig, RunConfig, TrainConfig
 from lorasrv.train.observer import RunObserver
 
@@ -44,12 +45,30 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--dry-run", action="store_true", help="Train nothing; show how much memory it would take, by part."
     )
+    parser.add_argument(
+        "--recommend",
+        metavar="SIZE",
+        type=_size,
+        nargs="?",
+        const=0,
+        help="Train nothing; write a configuration file for the base and a GPU of this memory, e.g. 48GB (default: "
+        "this machine), around what other flags decide.",
+    )
+    parser.add_argument(
+        "--recommend-by",
+        choices=("qlora", "size"),
+        default="qlora",
+        help="qlora: the paper's settings. size: ranks that fall as models grow, as popular write-ups have it. "
+        "Default: qlora.",
+    )
     parser.add_argument("--json", action="store_true", help="Write the outcome as JSON.")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and report where the adapters are."""
+    if arguments.recommend is not None:
+        return _recommend(arguments)
     config = train_config(vars(arguments), os.environ)
     if not arguments.dry_run and arguments.audit is None:
         return _train(config, as_json=arguments.json)
@@ -60,6 +79,19 @@ def run(arguments: argparse.Namespace) -> int:
         show_memory(estimate(config), as_json=arguments.json)
     else:
         show_audits(audit_data(config, num_samples=arguments.audit), as_json=arguments.json)
+    return ExitCode.OK
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    run, jobs = _values(vars(arguments), os.environ)
+    if len(jobs) > 1:
+        raise ConfigError([f"{arguments.config} has {len(jobs)} jobs; recommend is for one"])
+    # torch comes with this
+    from lorasrv.train.recommend import recommend_for_base
+
+    (job,) = jobs.values()
+    found = recommend_for_base({**run, **job}, memory_bytes=arguments.recommend or None, policy=arguments.recommend_by)
+    show_recommendation(found, as_json=arguments.json)
     return ExitCode.OK
 
 
@@ -123,6 +155,15 @@ def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> Tra
     Raises:
         ConfigError: Everything that cannot be read, is unknown, or cannot work together.
     """
+    run, jobs = _values(flags, environ)
+    defaults: Mapping[str, object] = {} if "base" in run else DEFAULTS_OVER_THE_EMBEDDED_BASE
+    return _checked(run, {name: {**defaults, **job} for name, job in jobs.items()})
+
+
+def _values(
+    flags: Mapping[str, object], environ: Mapping[str, str]
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """What is given for the run, and for every job by name."""
     path = flags.get("config")
     content = dict(read_yaml(Path(str(path)))) if path else {}
     jobs = content.pop(_JOBS, None)
@@ -141,12 +182,16 @@ def train_config(flags: Mapping[str, object], environ: Mapping[str, str]) -> Tra
         raise ConfigError(reasons)
     given = {setting.name for setting in job_settings if setting.name in flags}
     run_values = {setting.name: shared.pop(setting.name) for setting in run_settings if setting.name in shared}
-    defaults: Mapping[str, object] = {} if "base" in run_values else DEFAULTS_OVER_THE_EMBEDDED_BASE
-    values = {
-        name: {**defaults, **shared} | {key: value for key, value in job.items() if key not in given}
-        for name, job in own.items()
+    return run_values, {
+        name: shared | {key: value for key, value in job.items() if key not in given} for name, job in own.items()
     }
-    return _checked(run_values, values)
+
+
+def _size(text: str) -> int:
+    try:
+        return size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _own_values(jobs: object, origin: str, reasons: list[str]) -> dict[str, dict[str, object]]:

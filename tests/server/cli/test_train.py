@@ -302,3 +302,33 @@ def test_a_port_that_is_taken_is_said_before_the_first_step(lorasrv, base, data,
     assert (end.code, end.out) == (3, "")
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in end.err
     assert not list(tmp_path.glob("poet*"))
+
+
+def test_what_is_recommended_is_trained_unchanged(lorasrv, base, data, tmp_path):
+    out = tmp_path / "poet"
+    end = lorasrv("train", "--recommend", "--base", base, "--data", data, "--out", out, "--max-steps", 1, "--clip", 0.5)
+    assert end.code == 0, end.err
+    file = tmp_path / "recommended.yaml"
+    file.write_text(end.out)
+    as_json = lorasrv("train", "--recommend", "--json", "--base", base, "--data", data, "--out", out, "--max-steps", 1)
+    found = train_config({"config": str(file)}, {})
+    for advice in as_json.json["settings"]:
+        key, value = advice["key"], 0.5 if advice["key"] == "clip" else advice["value"]
+        held = getattr(found.run if hasattr(found.run, key) else found.jobs["adapter"], key)
+        assert json.loads(json.dumps(held, default=str)) == value, key
+    assert "clip: 0.5" in end.out
+    assert lorasrv("train", file).code == 0
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_recommended_settings_say_what_is_missing_and_what_does_not_fit(lorasrv, base, tmp_path):
+    end = lorasrv("train", "--recommend", "48GB", "--base", base)
+    assert "to train: lorasrv train THIS.yaml --data FILE --out DIR" in end.err
+    small = lorasrv("train", "--recommend", "1MB", "--base", base)
+    assert (small.code, small.out) == (3, "")
+    assert "512 tokens at a time take" in small.err
+    wrong = lorasrv("train", "--recommend", "much", "--base", base)
+    assert wrong.code == 2
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text("jobs: {a: {}, b: {}}\n")
+    assert "2 jobs; recommend is for one" in lorasrv("train", jobs, "--recommend").err
