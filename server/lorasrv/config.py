@@ -71,6 +71,13 @@ class ServeConfig:
         "The type of activations and of the KV cache.",
         metavar="auto|bfloat16|float16|float32",
     )
+    quantize_base: Literal["auto", "on", "off"] = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "Hold the base's linear layers in NF4, which takes a quarter of the memory; auto: unless `lorasrv merge` wrote "
+        "the base in 16 or 32 bits, for NF4 could erase what was merged.",
+        metavar="auto|on|off",
+    )
     exact: Literal["auto", "on", "off"] = setting(
         "auto",
         choice("auto", "on", "off"),

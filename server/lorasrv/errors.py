@@ -21,6 +21,7 @@
         |-- ModelLoadError              MODEL_INVALID
         |-- TrainingDataError                                  data that cannot be trained on
         `-- MergeError                                         an adapter that cannot be merged
+            |-- MergeRefusedError                              merged, little of it would be left
             `-- MergeVerificationError                         merged, it would answer otherwise
 
 `reason` is the machine-readable name a client sees in `google.rpc.ErrorInfo`; the code it travels under is chosen in
@@ -302,6 +303,19 @@ class TrainingDataError(ReasonsError):
 
 class MergeError(ReasonsError):
     """An adapter cannot be merged as it was asked for; nothing is written."""
+
+
+class MergeRefusedError(MergeError):
+    """Storing the merged weights would take out again what was merged; nothing is written.
+
+    Attributes:
+        figures: of every changed module its name, the update as a share of the weight, the share of the update that
+            would be kept, and what storing would change as a share of the update.
+    """
+
+    def __init__(self, reason: str, figures: Sequence[tuple[str, float, float, float]]) -> None:
+        self.figures = tuple(figures)
+        super().__init__([reason])
 
 
 class MergeVerificationError(MergeError):

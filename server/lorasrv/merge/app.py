@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from lorasrv import __version__
+from lorasrv.errors import MergeRefusedError
 from lorasrv.merge.config import MergeConfig
 from lorasrv.merge.files import MergedWeights, Progress, new_files
 from lorasrv.merge.inputs import Inputs, open_inputs
 from lorasrv.merge.new_adapter import write_adapter
-from lorasrv.merge.result import plan_result
+from lorasrv.merge.report import REPORT_NAME, render_report
+from lorasrv.merge.result import ResultPlan, plan_result
+from lorasrv.merge.verify import Tolerance, verify
 from lorasrv.model.merged import MERGE_NAME
 from lorasrv.model.new_folder import check_absent, new_folder
 from lorasrv.model.quantized_writer import COPIED_FILES, dtype_name
@@ -53,43 +56,85 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> Outcome:
 
     Raises:
         FileExistsError: the folder exists, or is being written.
+        FileNotFoundError: there is no folder to put it into.
         ModelLoadError: the base cannot be used.
         AdapterError: the adapter cannot be found, read or served on this base.
         MergeError: it cannot be merged; lists every reason.
+        MergeRefusedError: 4 bits would take out again what was merged.
+        MergeVerificationError: merged, it would answer otherwise; nothing is left.
         DiskFullError: there is no room for the result.
     """
     check_absent(config.out)
+    if not config.out.parent.is_dir():
+        raise FileNotFoundError(f"{config.out.parent} is no folder; make it first")
     with open_inputs(config) as inputs:
         provenance = _provenance(inputs, config)
         if config.output == "adapter":
             return Outcome(folder=config.out, record=write_adapter(inputs, config, provenance=provenance))
-        source = inputs.combined.source
-        plan = plan_result(inputs.raw, inputs.base, source)
+        plan = plan_result(inputs.raw, inputs.base, inputs.combined.source)
         weights = MergedWeights(
             inputs.base,
-            source,
+            inputs.combined.source,
             plan,
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
             in_nf4=config.quantize == "nf4",
             progress=progress,
         )
-        files = new_files(weights, plan, shard_bytes=config.shard_bytes)
-        copied = [path for name in COPIED_FILES if (path := inputs.folder / name).exists()]
-        needed_bytes = files.num_bytes + sum(path.stat().st_size for path in copied) + _RECORD_BYTES
-        with new_folder(config.out, needed_bytes=needed_bytes) as partial:
-            num_bytes = files.write(partial, weights)
-            for path in copied:
-                shutil.copyfile(path, partial / path.name)
-            record = {
-                **provenance,
-                "dtype": dtype_name(weights.dtype),
-                "quantize": config.quantize,
-                "untied": plan.untied,
-                "num_bytes": num_bytes,
-                "modules": [asdict(figures) for figures in weights.figures],
-            }
-            (partial / MERGE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return Outcome(folder=config.out, record=record)
+        if config.quantize == "nf4" and inputs.weights == "dequantized" and not config.force:
+            raise _refusal(weights)
+        return Outcome(folder=config.out, record=_write(config, inputs, plan, weights, provenance=provenance))
+
+
+def _write(
+    config: MergeConfig,
+    inputs: Inputs,
+    plan: ResultPlan,
+    weights: MergedWeights,
+    *,
+    provenance: Mapping[str, object],
+) -> dict[str, object]:
+    """Writes the folder, and gives the record that is in it."""
+    files = new_files(weights, plan, shard_bytes=config.shard_bytes)
+    copied = [path for name in COPIED_FILES if (path := inputs.folder / name).exists()]
+    needed_bytes = files.num_bytes + sum(path.stat().st_size for path in copied) + _RECORD_BYTES
+    in_nf4 = config.quantize == "nf4"
+    tolerance = Tolerance.of(weights.dtype, in_nf4=in_nf4, limit=config.tolerance)
+    with new_folder(config.out, needed_bytes=needed_bytes) as partial:
+        num_bytes = files.write(partial, weights)
+        for path in copied:
+            shutil.copyfile(path, partial / path.name)
+        agreement = verify(inputs, plan, partial, prompts=config.prompts)
+        if not (in_nf4 and config.force):
+            tolerance.check(agreement)
+        record = {
+            **provenance,
+            "dtype": dtype_name(weights.dtype),
+            "quantize": config.quantize,
+            "untied": plan.untied,
+            "num_bytes": num_bytes,
+            "modules": [asdict(figures) for figures in weights.figures],
+            "verification": tolerance.record(agreement),
+        }
+        (partial / MERGE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (partial / REPORT_NAME).write_text(render_report(record), encoding="utf-8")
+    return record
+
+
+def _refusal(weights: MergedWeights) -> MergeRefusedError:
+    """Says what NF4 of dequantized weights would keep of the update, measured."""
+    for _, weight in weights:
+        # before the next one is computed
+        del weight
+    changed = [one for one in weights.figures if one.size] or weights.figures
+    worst = min(changed, key=lambda one: one.kept)
+    mean = sum(one.kept for one in changed) / len(changed)
+    return MergeRefusedError(
+        "NF4 of dequantized weights rounds small updates back to where they began: of this one "
+        f"{100 * mean:.1f} % would be kept, {100 * worst.kept:.1f} % in {worst.module}, where it is "
+        f"{100 * worst.size:.2g} % of the weight. Give --weights original, or serve the NF4 base with the adapter "
+        "unmerged, which loses nothing; --force writes it all the same",
+        [(one.module, one.size, one.kept, one.error) for one in weights.figures],
+    )
 
 
 def _provenance(inputs: Inputs, config: MergeConfig) -> dict[str, object]:

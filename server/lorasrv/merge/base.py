@@ -83,9 +83,14 @@ class StreamedBase:
             **dict.fromkeys(other_modules(config), BaseModule(kind="other")),
         }
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """That of the base as adapters record it, 64 hex digits. Blocks: the first use reads the whole model."""
+        return self._digest
+
+    # a cached_property itself does not pass for the `str` that callers ask for
+    @cached_property
+    def _digest(self) -> str:
         return base_digest(self.config.identity(), self._stored(self._trained_on))
 
     def weight_rows(self, name: str, start: int, stop: int) -> Tensor:

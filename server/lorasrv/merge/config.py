@@ -86,8 +86,8 @@ class MergeConfig:
     tolerance: float | None = setting(
         None,
         number,
-        "The largest difference between logits, merged against unmerged, in standard deviations of the logits. "
-        "Default: by the type of the result.",
+        "The largest difference between logits, merged against unmerged, in standard deviations of the logits; with "
+        "nf4 the largest divergence, as a share of what the adapter does. Default: by the type of the result.",
         metavar="X",
     )
     shard_bytes: int = setting(5 * 1000**3, size, "The largest file of weights, in bytes.", metavar="SIZE")

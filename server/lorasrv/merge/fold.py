@@ -44,12 +44,14 @@ class Figures:
         size: |D| / |W|.
         kept: the share of D that is in the stored weights: 1 if all of it is.
         error: |what storing changed| / |D|.
+        rounded: whether D is no larger than what rounding W to the stored dtype changes.
     """
 
     module: str
     size: float
     kept: float
     error: float
+    rounded: bool
 
 
 def fold(base: StreamedBase, source: UpdateSource, name: str, *, in_nf4: bool = False) -> Folded:
@@ -81,17 +83,19 @@ def measure(name: str, folded: Folded, stored: Weight) -> Figures | None:
         return None
     squares = _dot(delta, delta)
     if squares == 0:
-        return Figures(module=name, size=0.0, kept=1.0, error=0.0)
+        return Figures(module=name, size=0.0, kept=1.0, error=0.0, rounded=False)
     along = lost = 0.0
     for start, stop in _row_chunks(delta):
         residual = _residual(folded, stored, start, stop)
         along += _dot(residual, delta[start:stop])
         lost += _dot(residual, residual)
+    size = math.sqrt(squares) / folded.norm if folded.norm else math.inf
     return Figures(
         module=name,
-        size=math.sqrt(squares) / folded.norm if folded.norm else math.inf,
+        size=size,
         kept=1 + along / squares,
         error=math.sqrt(lost / squares),
+        rounded=isinstance(stored, Tensor) and size < torch.finfo(stored.dtype).eps / 2,
     )
 
 

@@ -21,6 +21,7 @@ from lorasrv.merge.base import StreamedBase, Weights
 from lorasrv.merge.combine import Combined, combine
 from lorasrv.merge.config import MergeConfig
 from lorasrv.merge.linear import Weighted
+from lorasrv.model.checkpoint import Checkpoint
 from lorasrv.model.config import read_json
 from lorasrv.model.folder import open_model_folder
 from lorasrv.model.hub import model_folder
@@ -36,6 +37,7 @@ class Inputs:
     Attributes:
         folder: of the base.
         raw: the content of its `config.json`.
+        checkpoint: its weights, as they are stored.
         base: with the weights that are merged into.
         weights: which these are.
         parts: the adapters, with their weights.
@@ -44,6 +46,7 @@ class Inputs:
 
     folder: Path
     raw: Mapping[str, Any]
+    checkpoint: Checkpoint
     base: StreamedBase
     weights: Weights
     parts: tuple[Weighted, ...]
@@ -70,6 +73,7 @@ def open_inputs(config: MergeConfig) -> Iterator[Inputs]:
         yield Inputs(
             folder=folder,
             raw=read_json(folder / "config.json"),
+            checkpoint=checkpoint,
             base=base,
             weights=weights,
             parts=parts,

@@ -5,6 +5,7 @@ quantized before stays where it is on a CPU: the model is then a view of the map
 Knows file layouts; does not know where the folder came from.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,15 +51,8 @@ def load_model(
     """
     config, checkpoint = open_model_folder(source)
     with checkpoint:
-        quantized = any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
-        reader = _Reader(
-            checkpoint,
-            dtype=dtype,
-            device=torch.device(device),
-            quantize=quantize and not quantized,
-            copy=not quantized,
-        )
-        layers = [reader.layer(config, index) for index in range(config.num_layers)]
+        reader = LayerReader(config, checkpoint, dtype=dtype, device=torch.device(device), quantize=quantize)
+        layers = [reader.layer(index) for index in range(config.num_layers)]
         return DecoderModel(
             config,
             embedding=reader.wide(EMBEDDING),
@@ -69,30 +63,51 @@ def load_model(
         )
 
 
-class _Reader:
+class LayerReader:
+    """Reads a model's parts from its open checkpoint, in any order."""
+
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, quantize: bool, copy: bool
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantize: bool = True,
     ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            config: the model's.
+            checkpoint: has the tensors that `config` asks for.
+            dtype: of what is not quantized.
+            device: where the parts are kept.
+            quantize: hold the linear layers in NF4; a checkpoint that has quantized tensors stays as it is.
+        """
+        quantized = any(prequantized.is_quantized(checkpoint, name) for name in linear_shapes(config))
+        self._config = config
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
-        self._quantize = quantize
-        self._copy = copy
+        self._quantize = quantize and not quantized
+        self._copy = not quantized
 
-    def layer(self, config: ModelConfig, index: int) -> DecoderLayer:
-        prefix = layer_prefix(index)
-        norms = {norm: self.wide(f"{prefix}.{norm}.weight") for norm in layer_norms(config)}
-        weights = [self.linear(f"{prefix}.{module}.weight") for module in MODULES]
-        biases = {module: self.wide(f"{prefix}.{module}.bias") for module in config.biased_modules}
-        return DecoderLayer(config, norms=norms, weights=weights, biases=biases, layer=index)
+    def layer(self, index: int) -> DecoderLayer:
+        """One decoder layer.
+
+        Raises:
+            ModelLoadError: its weights cannot be quantized.
+        """
+        return build_layer(self._config, index, wide=self.wide, linear=self._linear)
 
     def wide(self, name: str) -> Tensor:
+        """A tensor that is never quantized."""
         stored = self._checkpoint.tensor(name)
         # the sums of a product may depend on where its rows begin
         copy = self._copy or stored.data_ptr() % _BORDER_BYTES != 0
         return stored.to(device=self._device, dtype=self._dtype, copy=copy)
 
-    def linear(self, name: str) -> Weight:
+    def _linear(self, name: str) -> Weight:
         if prequantized.is_quantized(self._checkpoint, name):
             return prequantized.read(self._checkpoint, name).to(self._device)
         if not self._quantize:
@@ -101,3 +116,21 @@ class _Reader:
             return quantize(self._checkpoint.tensor(name)).to(self._device)
         except KernelError as error:
             raise ModelLoadError([f"tensor {name}: {error}"]) from error
+
+
+def build_layer(
+    config: ModelConfig, index: int, *, wide: Callable[[str], Tensor], linear: Callable[[str], Weight]
+) -> DecoderLayer:
+    """One decoder layer, of tensors that two functions give by their names in a checkpoint.
+
+    Args:
+        config: the model's.
+        index: of the layer.
+        wide: gives norms and biases.
+        linear: gives the weights of linear layers.
+    """
+    prefix = layer_prefix(index)
+    norms = {norm: wide(f"{prefix}.{norm}.weight") for norm in layer_norms(config)}
+    weights = [linear(f"{prefix}.{module}.weight") for module in MODULES]
+    biases = {module: wide(f"{prefix}.{module}.bias") for module in config.biased_modules}
+    return DecoderLayer(config, norms=norms, weights=weights, biases=biases, layer=index)

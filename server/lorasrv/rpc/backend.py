@@ -37,6 +37,7 @@ from lorasrv.model.folder import check_model_folder
 from lorasrv.model.generation import read_generation_defaults
 from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
+from lorasrv.model.merged import is_merged
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv.rpc.convert.generation import RequestLimits
 from lorasrv.rpc.convert.server import ServerFacts
@@ -81,7 +82,8 @@ class Backend:
         folder = _base_folder(config)
         # before the weights are read, which takes long
         tokenizer = check_model_folder(folder)
-        model = load_model(folder, dtype=dtype, device=device, max_positions=config.max_model_len)
+        quantize = config.quantize_base == "on" or (config.quantize_base == "auto" and not is_merged(folder))
+        model = load_model(folder, dtype=dtype, device=device, quantize=quantize, max_positions=config.max_model_len)
         metrics = ServerMetrics(base_model=config.base or folder.name)
         cache = HostCache(config.host_cache_bytes)
         memory = _memory(config, model, metrics)

@@ -56,6 +56,7 @@ VALUES = {
     "insecure": ("yes", True),
     "device": ("cuda", "cuda"),
     "dtype": ("float32", "float32"),
+    "quantize_base": ("off", "off"),
     "exact": ("on", "on"),
     "cpu_isa": ("avx2", "avx2"),
     "cuda_graphs": ("off", "off"),

@@ -134,6 +134,7 @@ def test_no_error_that_a_call_can_raise_is_missing_from_the_table() -> None:
         errors.DiskFullError,
         errors.TrainingDataError,
         errors.MergeError,
+        errors.MergeRefusedError,
         errors.MergeVerificationError,
         errors.NonFiniteLossError,
         adapter_errors.AdapterConversionError,
