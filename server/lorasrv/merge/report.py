@@ -127,6 +127,10 @@ def _answers(found: Mapping[str, Any]) -> str:
     top = max(10 ** math.ceil(math.log10(max(found["effect"], found["kl"], _LOWEST_KL))), 10 * _LOWEST_KL)
     decades = math.log10(top / _LOWEST_KL)
     parts = []
+    for power in range(-12, round(math.log10(top)) + 1, 3):
+        x = 100 + 380 * (power + 12) / decades
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="76"/>')
+        parts.append(f'<text x="{x:.1f}" y="92" text-anchor="middle">1e{power}</text>')
     for place, (name, value, colour) in enumerate(bars):
         width = 380 * max(0.0, math.log10(max(value, _LOWEST_KL) / _LOWEST_KL)) / decades
         y = 10 + 34 * place
@@ -135,10 +139,6 @@ def _answers(found: Mapping[str, Any]) -> str:
             f'<rect class="bar{colour}" x="100" y="{y}" width="{width:.1f}" height="22" rx="2"/>'
             f'<text class="value" x="{108 + width:.1f}" y="{y + 15}">{value:.2g} nats</text>'
         )
-    for power in range(-12, round(math.log10(top)) + 1, 3):
-        x = 100 + 380 * (power + 12) / decades
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="76"/>')
-        parts.append(f'<text x="{x:.1f}" y="92" text-anchor="middle">1e{power}</text>')
     subtitle = "How far next-token probabilities moved: KL divergence, mean over all positions of the prompts."
     drawn = f'<svg viewBox="0 0 600 100" role="img" aria-label="{subtitle}">{"".join(parts)}</svg>'
     return f"<section><h2>Answers</h2><p>{subtitle}</p>{drawn}</section>\n"

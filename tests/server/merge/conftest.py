@@ -45,9 +45,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base]:
     def make(family: str = "llama", **options: Any) -> Base:
         key = f"{family} {options}"
         if key not in made:
-            sizes = SIZES if family == "qwen3" else {name: SIZES[name] for name in ("hidden_size", "intermediate_size")}
-            folder = save_base(tmp_path_factory.mktemp(family), family, **options, **sizes)
-            made[key] = Base(folder, new_base(family, **options, **sizes))
+            sizes = {name: SIZES[name] for name in SIZES if name != "head_dim" or family == "qwen3"} | options
+            folder = save_base(tmp_path_factory.mktemp(family), family, **sizes)
+            made[key] = Base(folder, new_base(family, **sizes))
         return made[key]
 
     return make

@@ -5,11 +5,14 @@ import torch
 from lorasrv.config import ServeConfig
 from lorasrv.embedded import embedded_adapter_root, embedded_adapters, embedded_base
 from lorasrv.errors import ModelLoadError
+from lorasrv.merge.app import merge
+from lorasrv.merge.config import MergeConfig
 from lorasrv.model import loader
 from lorasrv.model.quantize_folder import quantize_folder
 from lorasrv.rpc.backend import Backend
 from lorasrv_adapters.errors import AdapterExistsError
 from lorasrv_kernels.cpu.isa import Isa, force_isa, forced_isa
+from lorasrv_kernels.nf4 import NF4Weight
 
 
 def test_loads_and_failures_are_counted_whoever_asks() -> None:
@@ -54,3 +57,17 @@ def test_the_instruction_set_is_chosen_before_the_base_is_loaded() -> None:
         assert forced_isa() is Isa.PORTABLE
     finally:
         force_isa(None)
+
+
+@pytest.mark.parametrize(("asked", "num_quantized"), [("auto", 0), ("off", 0), ("on", 42)])
+def test_what_was_merged_is_not_quantized_unless_asked_for(tmp_path, asked, num_quantized) -> None:
+    adapter = next(iter(embedded_adapters().values()))
+    merge(MergeConfig(adapters=((str(adapter), 1.0),), out=tmp_path / "merged"))
+    backend = Backend.load(ServeConfig(base=str(tmp_path / "merged"), quantize_base=asked))
+    assert sum(isinstance(weight, NF4Weight) for _, weight in backend.model.stored()) == num_quantized
+
+
+def test_a_base_that_nothing_was_merged_into_is_quantized_unless_asked_otherwise() -> None:
+    for asked, num_quantized in (("auto", 42), ("off", 0)):
+        backend = Backend.load(ServeConfig(quantize_base=asked))
+        assert sum(isinstance(weight, NF4Weight) for _, weight in backend.model.stored()) == num_quantized
