@@ -62,8 +62,8 @@ class StreamedBase:
         self.tied = config.tie_word_embeddings
         self.dtype = torch.float32
         self._checkpoint = checkpoint
-        self._weights = weights
-        self._trained_on = trained_on
+        self._weights: Weights = weights
+        self._trained_on: Weights = trained_on
         self._linear = linear_shapes(config)
         self._biases = bias_shapes(config)
         self._wide = wide_shapes(config)
