@@ -186,6 +186,18 @@ def pair(value: object) -> tuple[str, str]:
     raise ValueError(f"expected ID=SOURCE, got {value!r}")
 
 
+def by_pattern(parse: Parse) -> Parse:
+    """`REGEX=VALUE`: a value for the modules that an expression matches."""
+
+    def parse_pair(value: object) -> tuple[str, object]:
+        pattern, sign, rest = str(value).rpartition("=")
+        if isinstance(value, str) and sign and pattern:
+            return pattern, parse(rest)
+        raise ValueError(f"expected REGEX=VALUE, got {value!r}")
+
+    return parse_pair
+
+
 def _items(value: object) -> list[object]:
     """The items of a repeated setting: a YAML list or mapping, or comma separated text."""
     if isinstance(value, str):

@@ -1,12 +1,13 @@
 """One adapter while it is trained: which tensors it has, what they mean to the layers, and the folder they become.
 
-Methods end here: the layers see `LowRank`, the formula of every method. Knows PEFT's config and names through
-`lorasrv_adapters`; knows no data and no optimizer. Letters: R rank, I in-features, O out-features.
+Methods end here: the layers see `LowRank`, the formula of every method, and weights in place of the base's. Knows
+PEFT's config and names through `lorasrv_adapters`; knows no data and no optimizer. Letters: R rank, I in-features, O
+out-features.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lorasrv_adapters.base import BaseModel
@@ -19,7 +20,7 @@ from lorasrv_kernels.lora.training import LowRank
 from torch import Tensor
 
 from lorasrv.train.budget import Triplets
-from lorasrv.train.initial import Place, Tensors, initial_tensors
+from lorasrv.train.initial import Place, Tensors, check_tied, initial_tensors, whole_weight
 from lorasrv.train.parameters import FlatParameters
 
 _ENDINGS: Mapping[str, Mapping[str, str]] = {
@@ -27,6 +28,7 @@ _ENDINGS: Mapping[str, Mapping[str, str]] = {
     "dora": {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
     "adalora": {"a": ".lora_A", "b": ".lora_B", "e": ".lora_E"},
 }
+_WHOLE = "weight"
 
 
 class FrozenLinear(Protocol):
@@ -44,7 +46,7 @@ class TrainableAdapter:
 
     Attributes:
         config: the content of `adapter_config.json`.
-        plans: what each adapted module has, by name.
+        plans: what each module has that the adapter touches, by name.
         parameters: the tensors, by PEFT's names.
         dropout: how much of a low-rank branch's input is dropped.
     """
@@ -79,16 +81,18 @@ class TrainableAdapter:
         self.dropout = dropout
         self._parsed = parse_adapter_config(config)
         self.plans, reasons = make_plan(self._parsed, base)
-        others = [name for name, plan in self.plans.items() if not _is_low_rank(plan)]
-        reasons += [f"{name}: only linear layers are trained" for name in others]
+        others = [name for name, plan in self.plans.items() if not _is_trained(plan)]
+        reasons += [f"{name}: linear layers are trained, and what modules_to_save names as a whole" for name in others]
         if reasons:
             raise AdapterIncompatibleError(reasons)
         self._endings = _ENDINGS[self._parsed.kind if self._parsed.kind != "rslora" else "lora"]
-        initial = self._initial(base, torch.Generator().manual_seed(seed), initialization, start)
+        initial, whole = self._initial(base, torch.Generator().manual_seed(seed), initialization, start)
         named = {
             role: {self._name(module, role): tensors[role] for module, tensors in initial.items()}
             for role in self._endings
         }
+        if whole:
+            named[_WHOLE] = {_whole_name(module): weight for module, weight in whole.items()}
         self.parameters = FlatParameters(named, device=device)
         self._principal = initialization == "pissa" and start is None
         # PiSSA subtracts what it began with: the base itself stays as it is
@@ -118,6 +122,17 @@ class TrainableAdapter:
             return LowRank(a=torch.cat([a, first_a]), b=torch.cat([b, first_b], dim=1), scale=scale)
         return LowRank(a=a, b=b, scale=scale)
 
+    def replacement(self, module: str) -> Tensor | None:
+        """The weight that stands in place of a module's, in the base's shape; None where the base's serves."""
+        plan = self.plans.get(module)
+        if plan is None or not plan.replaced:
+            return None
+        return self.parameters.tensors[_whole_name(plan.follows or module)]
+
+    def ranks(self) -> dict[str, int]:
+        """By module, the rank training begins with."""
+        return {module: plan.rank for module, plan in self.plans.items() if plan.rank is not None}
+
     def changed(self) -> None:
         """To be called after the tensors took other values: what was computed from them is forgotten."""
         self._norms.clear()
@@ -128,7 +143,7 @@ class TrainableAdapter:
             return {}
         return {
             module: Triplets(p=self._tensor(module, "b"), e=self._tensor(module, "e"), q=self._tensor(module, "a"))
-            for module in self.plans
+            for module in self.ranks()
         }
 
     def checkpoint(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -147,28 +162,38 @@ class TrainableAdapter:
             name_a, name_b = self._name(module, "a"), self._name(module, "b")
             tensors[name_a] = torch.cat([tensors[name_a], first_a])
             tensors[name_b] = torch.cat([tensors[name_b], first_b], dim=1)
+        # PEFT writes what is tied twice
+        for module, plan in self.plans.items():
+            if plan.replaced and plan.follows:
+                tensors[_whole_name(module)] = tensors[_whole_name(plan.follows)]
         return config, {PREFIX + name: tensor for name, tensor in tensors.items()}
 
     def _initial(
         self, base: BaseModel, generator: torch.Generator, initialization: str, start: NormalizedAdapter | None
-    ) -> dict[str, Tensors]:
+    ) -> tuple[dict[str, Tensors], dict[str, Tensor]]:
+        """By module, the tensors of low-rank updates, and whole weights."""
         modules = {} if start is None else start.modules
         reasons = [
             f"{name}: the adapter to go on from has it, the new one does not"
             for name in modules
             if name not in self.plans
         ]
-        initial = {}
+        initial, whole = {}, {}
         for name, plan in self.plans.items():
-            scale = self._parsed.scale(plan.rank or 0, plan.alpha)
+            scale = 1.0 if plan.rank is None else self._parsed.scale(plan.rank, plan.alpha)
             place = Place(name=name, kind=self._parsed.kind, plan=plan, scale=scale, base=base)
             try:
-                initial[name] = initial_tensors(place, generator, initialization=initialization, start=modules)
+                if plan.targeted:
+                    initial[name] = initial_tensors(place, generator, initialization=initialization, start=modules)
+                elif plan.follows:
+                    check_tied(name, plan.follows, modules)
+                else:
+                    whole[name] = whole_weight(place, start=modules)
             except ValueError as error:
                 reasons.append(f"{name}: {error}")
         if reasons:
             raise AdapterIncompatibleError(reasons)
-        return initial
+        return initial, whole
 
     def _tensor(self, module: str, role: str) -> Tensor:
         return self.parameters.tensors[self._name(module, role)]
@@ -188,13 +213,22 @@ def dora_norm(a: Tensor, b: Tensor, *, scale: float, linear: FrozenLinear) -> Te
     return squared.clamp_min_(0).sqrt_()
 
 
-def _doubled(config: Mapping[str, object]) -> dict[str, object]:
+def _doubled(config: Mapping[str, Any]) -> dict[str, object]:
     """The keys that keep every scale when ranks are doubled."""
-    rank, alpha = config["r"], config["lora_alpha"]
-    assert isinstance(rank, int)
-    assert isinstance(alpha, int | float)
-    return {"r": 2 * rank, "lora_alpha": alpha * (math.sqrt(2) if config.get("use_rslora") else 2)}
+    factor = math.sqrt(2) if config.get("use_rslora") else 2
+    return {
+        "r": 2 * config["r"],
+        "lora_alpha": factor * config["lora_alpha"],
+        "rank_pattern": {pattern: 2 * rank for pattern, rank in config.get("rank_pattern", {}).items()},
+        "alpha_pattern": {pattern: factor * alpha for pattern, alpha in config.get("alpha_pattern", {}).items()},
+    }
 
 
-def _is_low_rank(plan: ModulePlan) -> bool:
-    return plan.targeted and plan.base.kind == "linear" and not (plan.replaced or plan.row_ids or plan.bias)
+def _whole_name(module: str) -> str:
+    return f"{module}.{_WHOLE}"
+
+
+def _is_trained(plan: ModulePlan) -> bool:
+    if plan.row_ids or plan.bias:
+        return False
+    return plan.replaced != (plan.targeted and plan.base.kind == "linear")

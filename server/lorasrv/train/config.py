@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasrv.errors import ConfigError
-from lorasrv.settings import choice, folder, integer, number, setting, switch, text
+from lorasrv.settings import by_pattern, choice, folder, integer, number, setting, switch, text
 
 Method = Literal["lora", "rslora", "dora", "adalora"]
 Initialization = Literal["default", "gaussian", "pissa"]
@@ -133,6 +133,31 @@ class JobConfig:
         "Modules to adapt, by the ends of their names; all-linear: every linear layer but the head. Repeatable.",
         metavar="NAME",
         repeated=True,
+    )
+    rank_pattern: tuple[tuple[str, int], ...] = setting(
+        (),
+        by_pattern(integer),
+        "Another rank where a regular expression matches the end of a module's name; the first that does counts. "
+        "Repeatable; not for AdaLoRA.",
+        metavar="REGEX=R",
+        repeated=True,
+    )
+    alpha_pattern: tuple[tuple[str, float], ...] = setting(
+        (),
+        by_pattern(number),
+        "Another alpha, likewise. Repeatable; not for AdaLoRA.",
+        metavar="REGEX=A",
+        repeated=True,
+    )
+    modules_to_save: tuple[str, ...] = setting(
+        (),
+        text,
+        "Modules of which a copy is trained as a whole and saved: lm_head, embed_tokens or norms. Repeatable.",
+        metavar="NAME",
+        repeated=True,
+    )
+    ensure_weight_tying: bool = setting(
+        False, switch, "Train one copy of embedding and head where the base has one and --modules-to-save names either."
     )
     initialization: Initialization = setting(
         "default",
@@ -264,6 +289,9 @@ def _job_reasons(job: JobConfig) -> Iterator[str]:
         yield f"init_rank is {job.init_rank}: it must be above rank {job.rank}, to which AdaLoRA comes down"
     if job.method != "adalora" and job.init_rank is not None:
         yield f"init_rank is for AdaLoRA; {job.method} keeps its rank"
+    yield from _pattern_reasons(job)
+    if job.ensure_weight_tying and not job.modules_to_save:
+        yield "ensure_weight_tying is for embedding and head in modules_to_save, which names nothing"
     if job.initialization == "pissa" and job.method not in ("lora", "rslora"):
         yield f"initialization pissa is for lora and rslora, not {job.method}"
     if job.initialization == "pissa" and job.save_dtype != "float32":
@@ -272,6 +300,24 @@ def _job_reasons(job: JobConfig) -> Iterator[str]:
         yield f"initialization {job.initialization} and init_from exclude each other"
     if job.allocate_from >= job.allocate_until:
         yield f"allocate_from {job.allocate_from} must be below allocate_until {job.allocate_until}"
+
+
+def _pattern_reasons(job: JobConfig) -> Iterator[str]:
+    tables: dict[str, tuple[tuple[str, float], ...]] = {
+        "rank_pattern": job.rank_pattern,
+        "alpha_pattern": job.alpha_pattern,
+    }
+    for key, table in tables.items():
+        if table and job.method == "adalora":
+            yield f"{key} is not for AdaLoRA, which begins with one rank and finds each module's own"
+        patterns = [pattern for pattern, _ in table]
+        yield from (f"{key} has {pattern!r} twice" for pattern in set(patterns) if patterns.count(pattern) > 1)
+    yield from (
+        f"rank_pattern gives {pattern!r} rank {rank}: it must be at least 1"
+        for pattern, rank in job.rank_pattern
+        if rank < 1
+    )
+    yield from (f"alpha_pattern gives {pattern!r} zero" for pattern, alpha in job.alpha_pattern if not alpha)
 
 
 def _range_reasons(config: object, limits: _Limits) -> Iterator[str]:

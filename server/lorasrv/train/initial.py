@@ -153,3 +153,27 @@ def initial_tensors(
     if initialization == "pissa":
         return principal(place, generator)
     return drawn(place, generator, gaussian=initialization == "gaussian")
+
+
+def whole_weight(place: Place, *, start: Mapping[str, NormalizedModule]) -> Tensor:
+    """A weight to be trained as a whole: the other adapter's where it brings one, else the base's; float32.
+
+    Raises:
+        ValueError: the other adapter does something else to the module.
+    """
+    shape = place.plan.base.weight_shape
+    found = start.get(place.name)
+    if found is None:
+        return place.base.weight_rows(place.name, 0, shape[0])
+    if found.rows is None or found.rows.ids is not None or found.rank or found.bias is not None:
+        raise ValueError("the adapter to go on from adapts it, the new one has all of its weight")
+    return found.rows.values.float().reshape(shape)
+
+
+def check_tied(name: str, followed: str, start: Mapping[str, NormalizedModule]) -> None:
+    """Raises ValueError where the other adapter has two weights for modules that share one."""
+    rows = [start[module].rows if module in start else None for module in (name, followed)]
+    first, second = (None if one is None else one.values for one in rows)
+    if first is second or (first is not None and second is not None and torch.equal(first, second)):
+        return
+    raise ValueError(f"the adapter to go on from has another weight for {followed}, to which it is to be tied")

@@ -178,7 +178,7 @@ class TrainingJob:
         """By module, the rank now."""
         if self._allocator is not None:
             return self._allocator.ranks()
-        return {name: plan.rank or 0 for name, plan in self.adapter.plans.items()}
+        return self.adapter.ranks()
 
     def write(self, provenance: Mapping[str, object], *, beside: Mapping[str, bytes]) -> Path:
         """Writes the adapter as a PEFT folder with some files beside, whole or not at all; returns where."""
@@ -204,6 +204,8 @@ def adapter_config(job: JobConfig, *, base_name: str, max_steps: int) -> dict[st
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
     }
+    if job.modules_to_save:
+        config |= {"modules_to_save": sorted(job.modules_to_save), "ensure_weight_tying": job.ensure_weight_tying}
     if job.method == "adalora":
         first, last = _allocation_steps(job, max_steps)
         return config | {
@@ -218,6 +220,8 @@ def adapter_config(job: JobConfig, *, base_name: str, max_steps: int) -> dict[st
             "orth_reg_weight": job.orthogonality,
             "total_step": max_steps,
         }
+    if job.rank_pattern or job.alpha_pattern:
+        config |= {"rank_pattern": dict(job.rank_pattern), "alpha_pattern": dict(job.alpha_pattern)}
     return config | {
         "peft_type": "LORA",
         "r": job.rank,

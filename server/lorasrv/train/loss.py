@@ -22,7 +22,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor)
 
     Args:
         hidden: [T, I].
-        head: [V, I], the dtype of `hidden`.
+        head: [V, I], multiplied in the dtype of `hidden`; one to be trained gets its gradient in its own.
         targets: [T] int64; rows of weight 0 may hold anything.
         weights: [T] float32.
 
@@ -37,6 +37,7 @@ class _ChunkedCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        head = head.to(hidden.dtype)
         rows = weights.nonzero().flatten()
         losses = torch.zeros_like(weights)
         hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None

@@ -5,11 +5,13 @@ Letters: T tokens at a time, I hidden size, and F the inner width of the feed-fo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
-from lorasrv_adapters.config import parse_adapter_config
+from lorasrv_adapters.config import AdapterConfig, parse_adapter_config
+from lorasrv_adapters.patterns import PatternTable
 
 from lorasrv.model.config import ModelConfig
-from lorasrv.model.tensors import linear_shapes, wide_shapes
+from lorasrv.model.tensors import EMBEDDING, HEAD, linear_shapes, norm_shapes, wide_shapes
 from lorasrv.train.config import JobConfig, RunConfig
 from lorasrv.train.job import adapter_config
 from lorasrv.train.loss import CHUNK_ELEMENTS
@@ -59,7 +61,11 @@ def estimate_memory(
         max_tokens: of the longest example.
     """
     shapes = {name.removesuffix(_WEIGHT): shape for name, shape in linear_shapes(model).items()}
-    parameters = sum(_parameters(job, shapes, run.max_steps) for job in jobs.values())
+    configs = [
+        parse_adapter_config(adapter_config(job, base_name="", max_steps=run.max_steps)) for job in jobs.values()
+    ]
+    whole = [_whole_elements(config, model) for config in configs]
+    parameters = sum(map(sum, whole)) + sum(_low_rank_elements(config, shapes) for config in configs)
     tokens = max(run.micro_batch_tokens, max_tokens)
     doras = any(job.method == "dora" for job in jobs.values())
     layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras, again=run.checkpoint_layers)
@@ -80,20 +86,34 @@ def estimate_memory(
             name="logits, a chunk of them",
             num_bytes=_LOGIT_COPIES * _FLOAT * min(CHUNK_ELEMENTS, tokens * model.vocab_size),
         ),
+        # the gradient before and after it is scaled, and the weight rounded
+        MemoryPart(
+            name="a weight trained as a whole, at hand",
+            num_bytes=(2 * _FLOAT + dtype_bytes) * max((size for sizes in whole for size in sizes), default=0),
+        ),
     ]
 
 
-def _parameters(job: JobConfig, shapes: Mapping[str, tuple[int, int]], max_steps: int) -> int:
-    config = parse_adapter_config(adapter_config(job, base_name="", max_steps=max_steps))
-    chosen = [shapes[name] for name in config.targets.select(shapes, all_linear=shapes)]
-    return sum(job.start_rank * (rows + columns) + _extra_elements(job, rows) for rows, columns in chosen)
+def _low_rank_elements(config: AdapterConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Trained elements of all A and B, DoRA's magnitudes and AdaLoRA's lambdas."""
+    ranks = PatternTable(config.rank_pattern)
+    elements = 0
+    for name in config.targets.select(shapes, all_linear=shapes):
+        rank, (rows, columns) = ranks.find(name, config.rank), shapes[name]
+        elements += rank * (rows + columns) + {"dora": rows, "adalora": rank}.get(config.kind, 0)
+    return elements
 
 
-def _extra_elements(job: JobConfig, rows: int) -> int:
-    """Trained elements of a module beside A and B: DoRA's magnitude, AdaLoRA's lambda."""
-    if job.method == "dora":
-        return rows
-    return job.start_rank if job.method == "adalora" else 0
+def _whole_elements(config: AdapterConfig, model: ModelConfig) -> list[int]:
+    """The sizes of the weights trained as a whole."""
+    table = (model.vocab_size, model.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table, **norm_shapes(model)}
+    sizes = {name.removesuffix(_WEIGHT): prod(shape) for name, shape in shapes.items()}
+    named = set(config.targets.replaced(sizes))
+    ends = {EMBEDDING.removesuffix(_WEIGHT), HEAD.removesuffix(_WEIGHT)}
+    if config.tie and named & ends:
+        named = (named - ends) | {EMBEDDING.removesuffix(_WEIGHT)}
+    return [sizes[name] for name in named]
 
 
 def _linear_bytes(shapes: Mapping[str, tuple[int, int]], run: RunConfig, dtype_bytes: int) -> int:

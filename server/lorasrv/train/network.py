@@ -20,11 +20,11 @@ from lorasrv.model.adapted_linear import AdaptedLinear, Weight, weight_rows
 from lorasrv.model.config import ModelConfig
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.layers import RotaryTable
-from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, NORMS, QK_NORMS, layer_prefix
+from lorasrv.model.tensors import EMBEDDING, FINAL_NORM, HEAD, MODULES, layer_norms, layer_prefix
 from lorasrv.train.adapter import TrainableAdapter
 from lorasrv.train.attention import attend_blockwise
-from lorasrv.train.loss import token_losses
-from lorasrv.train.rowwise import gated_activation, recomputed, rms_norm
+from lorasrv.train.replaceable import TrainableEmbedding, TrainableHead, TrainableNorm
+from lorasrv.train.rowwise import gated_activation, recomputed
 
 _NORM_ROWS = 512
 
@@ -138,8 +138,10 @@ class TrainableLayer:
         self._qkv, self._output, self._gate_up, self._down = (
             TrainableGroup(part, stored, dtype=dtype) for part in (names[:3], names[3:4], names[4:6], names[6:])
         )
-        self._norms = [_wide(stored[f"{prefix}.{name}.weight"]) for name in NORMS]
-        self._qk_norms = [_wide(stored[f"{prefix}.{name}.weight"]) for name in QK_NORMS] if config.qk_norm else None
+        self._input_norm, self._inner_norm, *self._qk_norms = (
+            TrainableNorm(f"{prefix}.{name}", _wide(stored[f"{prefix}.{name}.weight"]), epsilon=config.rms_norm_eps)
+            for name in layer_norms(config)
+        )
         self._config = config
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._window = config.windows[layer]
@@ -147,28 +149,36 @@ class TrainableLayer:
 
     def forward(self, x: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """x: [T, I]; angles: [T, 1, D] float32. Returns [T, I]."""
-        heads = self._normed(self._qkv, self._norms[0], x, batch, adapters)
-        attended = self._attend(heads.unflatten(1, (-1, self._config.head_size)), angles, batch.lengths)
+        heads = self._normed(self._qkv, self._input_norm, x, batch, adapters)
+        attended = self._attend(heads.unflatten(1, (-1, self._config.head_size)), angles, batch, adapters)
         x = x + self._output.forward(attended.flatten(1), batch, adapters)
-        gate_up = self._normed(self._gate_up, self._norms[1], x, batch, adapters)
+        gate_up = self._normed(self._gate_up, self._inner_norm, x, batch, adapters)
         inner = gated_activation(gate_up)
         with nullcontext() if self._keep else recomputed(inner, partial(gated_activation, gate_up.detach())):
             return x + self._down.forward(inner, batch, adapters)
 
     def _normed(
-        self, group: TrainableGroup, norm: Tensor, x: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]
+        self,
+        group: TrainableGroup,
+        norm: TrainableNorm,
+        x: Tensor,
+        batch: TokenBatch,
+        adapters: Sequence[TrainableAdapter],
     ) -> Tensor:
-        epsilon = self._config.rms_norm_eps
-        normed = rms_norm(x, norm, epsilon)
-        with nullcontext() if self._keep else recomputed(normed, partial(rms_norm, x.detach(), norm, epsilon)):
+        normed = norm.forward(x, batch.segments, adapters)
+        again = partial(norm.forward, x.detach(), batch.segments, adapters)
+        with nullcontext() if self._keep else recomputed(normed, again):
             return group.forward(normed, batch, adapters)
 
-    def _attend(self, heads: Tensor, angles: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _attend(self, heads: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """heads: [T, H + 2 Hkv, D]. Returns [T, H, D]."""
+        lengths = batch.lengths
         query, key, value = heads.split(self._heads, dim=1)
-        if self._qk_norms is not None:
-            epsilon = self._config.rms_norm_eps
-            query, key = rms_norm(query, self._qk_norms[0], epsilon), rms_norm(key, self._qk_norms[1], epsilon)
+        if self._qk_norms:
+            query, key = (
+                norm.forward(part, batch.segments, adapters)
+                for norm, part in zip(self._qk_norms, (query, key), strict=True)
+            )
         if heads.device.type == "cpu":
             return attend_blockwise(query, key, value, angles, lengths, window=self._window)
         return attend(rotate(query, angles), rotate(key, angles), value, lengths, window=self._window)
@@ -180,10 +190,10 @@ class TrainableModel:
     def __init__(self, model: DecoderModel, *, checkpoint_layers: bool) -> None:
         """Keeps the model; with `checkpoint_layers` a layer's activations are computed again on the way back."""
         stored = dict(model.stored())
-        self._embedding = _wide(stored[EMBEDDING])
-        self._final_norm = _wide(stored[FINAL_NORM])
-        self._head = _wide(stored.get(HEAD, stored[EMBEDDING]))
-        self._epsilon = model.config.rms_norm_eps
+        embedding, head, norm = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD, FINAL_NORM))
+        self._embedding = TrainableEmbedding(embedding, _wide(stored[EMBEDDING]))
+        self._final_norm = TrainableNorm(norm, _wide(stored[FINAL_NORM]), epsilon=model.config.rms_norm_eps)
+        self._head = TrainableHead(head, _wide(stored.get(HEAD, stored[EMBEDDING])))
         self._rotary = RotaryTable(
             model.config.rope,
             head_size=model.config.head_size,
@@ -198,7 +208,7 @@ class TrainableModel:
 
     def losses(self, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """The weighted cross-entropy of every row: [T] float32, differentiable in the adapters' tensors."""
-        x = self._embedding[batch.token_ids]
+        x = self._embedding.forward(batch.token_ids, batch.segments, adapters)
         positions = torch.cat([torch.arange(length) for length in batch.lengths]).to(x.device)
         angles = self._rotary.lookup(positions)
         for layer in self._layers:
@@ -206,7 +216,8 @@ class TrainableModel:
                 x = checkpoint(layer.forward, x, angles, batch, adapters, use_reentrant=False)
             else:
                 x = layer.forward(x, angles, batch, adapters)
-        return token_losses(rms_norm(x, self._final_norm, self._epsilon), self._head, batch.targets, batch.weights)
+        hidden = self._final_norm.forward(x, batch.segments, adapters)
+        return self._head.losses(hidden, batch.targets, batch.weights, batch.segments, adapters)
 
 
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:

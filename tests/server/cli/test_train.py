@@ -53,6 +53,45 @@ def test_an_adapter_of_every_kind_would_be_served(lorasrv, base, data, tmp_path,
     assert "<dd>3 steps over " in page
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_whole_modules_and_patterns_would_be_served(lorasrv, base, data, tmp_path, method):
+    out, config = tmp_path / "adapter", tmp_path / "train.yaml"
+    saved = ("--modules-to-save", "lm_head", "--modules-to-save", "embed_tokens", "--modules-to-save", "norm")
+    patterns = "rank_pattern: {'layers\\.0\\..*': 5, q_proj: 3}\n" if method != "adalora" else ""
+    config.write_text(patterns)
+    flags = (*flags_of(base, data), *saved, *(("--alpha-pattern", "v_proj=7.5") if patterns else ()))
+    end = lorasrv("train", config, *flags, "--method", method, "--out", out, "--json")
+    assert end.code == 0, end.err
+    ranks = end.json["adapter"]["ranks"]
+    assert not any("norm" in name or "lm_head" in name for name in ranks)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["embed_tokens", "lm_head", "norm"]
+    if patterns:
+        assert (ranks["model.layers.0.mlp.up_proj"], ranks["model.layers.1.self_attn.q_proj"]) == (5, 3)
+        assert written["rank_pattern"] == {r"layers\.0\..*": 5, "q_proj": 3}
+        assert written["alpha_pattern"] == {"v_proj": 7.5}
+    checked = lorasrv("check", out, "--base", base, "--json")
+    assert checked.code == 0, checked.err
+
+
+def test_patterns_that_cannot_be(tmp_path, data):
+    def reasons(**values):
+        with pytest.raises(ConfigError) as caught:
+            JobConfig(out=tmp_path / "x", data=(data,), **values)
+        return caught.value.reasons
+
+    tables = {"rank_pattern": (("a", 0), ("a", 2)), "alpha_pattern": (("b", 0.0),)}
+    assert reasons(**tables) == (
+        "rank_pattern has 'a' twice",
+        "rank_pattern gives 'a' rank 0: it must be at least 1",
+        "alpha_pattern gives 'b' zero",
+    )
+    assert [reason.partition(",")[0] for reason in reasons(method="adalora", rank_pattern=(("a", 3),))] == [
+        "rank_pattern is not for AdaLoRA"
+    ]
+    assert reasons(ensure_weight_tying=True)[0].startswith("ensure_weight_tying is for embedding and head")
+
+
 def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
     config = tmp_path / "jobs.yaml"
     config.write_text(

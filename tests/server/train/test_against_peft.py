@@ -33,6 +33,8 @@ def new_adapter(model: DecoderModel, method: str, *, rank: int = 4, seed: int = 
     for name, tensor in adapter.parameters.tensors.items():
         if "magnitude" in name:
             tensor.data *= 1 + 0.2 * torch.randn(tensor.shape, generator=generator)
+        elif ".lora_" not in name:
+            tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
         else:
             tensor.data = tensor.data.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
     return adapter
@@ -68,7 +70,7 @@ def peft_gradients(
         loss = loss + (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
     loss.backward()
     gradients = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".default", ""): parameter.grad
         for name, parameter in oracle.named_parameters()
         if parameter.grad is not None
     }
@@ -112,6 +114,45 @@ def test_every_family(tmp_path: Path, family: str, options: dict[str, Any], meth
     assert_as_in_peft(folder, model, new_adapter(model, method), tmp_path / "adapter")
 
 
+WHOLE = {"modules_to_save": ("lm_head", "embed_tokens", "norm")}
+PATTERNS = {
+    "rank_pattern": ((r"layers\.0\..*", 2), ("q_proj", 7)),
+    "alpha_pattern": (("model.layers.1.mlp.down_proj", 3.0), (r".*\.[vq]_proj", 5.0)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_trained_as_a_whole(tmp_path: Path, method: str) -> None:
+    (tmp_path / "base").mkdir()
+    folder = save_base(tmp_path / "base", "qwen3")
+    model = load_model(folder, dtype=torch.float32)
+    adapter = new_adapter(model, method, **WHOLE)
+    # head, embedding, and all norms: of layers, heads and the end
+    assert len(adapter.parameters.tensors) - len(new_adapter(model, method).parameters.tensors) == 2 + 2 * 4 + 1
+    assert_as_in_peft(folder, model, adapter, tmp_path / "adapter", checkpoint_layers=True)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head")])
+def test_a_tied_head_goes_its_own_way_unless_asked_not_to(tmp_path: Path, saved: tuple[str, ...], tied: bool) -> None:
+    (tmp_path / "base").mkdir()
+    folder = save_base(tmp_path / "base", "qwen2", tied=True)
+    model = load_model(folder, dtype=torch.float32)
+    adapter = new_adapter(model, "lora", modules_to_save=saved, ensure_weight_tying=tied)
+    assert_as_in_peft(folder, model, adapter, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_ranks_and_scales_by_pattern(
+    base_folder: Path, load_base: Callable[[], DecoderModel], tmp_path: Path, method: str
+) -> None:
+    model = load_base()
+    adapter = new_adapter(model, method, **PATTERNS)
+    assert set(adapter.ranks().values()) == {2, 4, 7}
+    assert_as_in_peft(base_folder, model, adapter, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_dropout_where_peft_has_it(
     base_folder: Path,
@@ -133,25 +174,50 @@ def test_adapters_trained_together_have_the_gradients_of_each_alone(load_base: C
     model = load_base()
     network = TrainableModel(model, checkpoint_layers=False)
     segments = ((7, 19), (5,), (1, 12), (8, 3))
-    together = [new_adapter(model, method, rank=3 + place, seed=place) for place, method in enumerate(METHODS)]
+    # one has its own head, one its own embedding and norms
+    own: dict[str, dict[str, Any]] = {
+        "rslora": {"modules_to_save": ("lm_head",), "rank_pattern": (("q_proj", 2),)},
+        "dora": {"modules_to_save": ("embed_tokens", "norm")},
+    }
+    together, alone = (
+        [
+            new_adapter(model, method, rank=3 + place, seed=place, **own.get(method, {}))
+            for place, method in enumerate(METHODS)
+        ]
+        for _ in range(2)
+    )
     batch = new_batch(model.config.vocab_size, segments)
     losses = network.losses(batch, together)
     losses.sum().backward()
     start = 0
-    for place, method in enumerate(METHODS):
-        alone = new_adapter(model, method, rank=3 + place, seed=place)
+    for place, (ours, adapter) in enumerate(zip(together, alone, strict=True)):
         rows = slice(start, start + batch.segments[place])
-        own = TokenBatch(
+        part = TokenBatch(
             token_ids=batch.token_ids[rows],
             targets=batch.targets[rows],
             weights=batch.weights[rows],
             lengths=segments[place],
             segments=(batch.segments[place],),
         )
-        network.losses(own, [alone]).sum().backward()
-        largest = max(float(buffer.grad.abs().max()) for buffer in alone.parameters.buffers.values())
-        for name, tensor in alone.parameters.tensors.items():
-            ours, expected = together[place].parameters.tensors[name].grad, tensor.grad
+        expected_losses = network.losses(part, [adapter])
+        expected_losses.sum().backward()
+        torch.testing.assert_close(losses[rows].detach(), expected_losses.detach(), rtol=1e-5, atol=1e-6)
+        largest = max(float(buffer.grad.abs().max()) for buffer in adapter.parameters.buffers.values())
+        for name, tensor in adapter.parameters.tensors.items():
             # float32 products of another number of rows, through two layers whose terms cancel
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * largest)
+            torch.testing.assert_close(
+                ours.parameters.tensors[name].grad, tensor.grad, rtol=0, atol=1e-5 * largest, msg=name
+            )
         start = rows.stop
+
+
+def test_an_adapter_without_rows_leaves_the_others_alone(load_base: Callable[[], DecoderModel]) -> None:
+    model = load_base()
+    adapters = [new_adapter(model, "lora", modules_to_save=("lm_head", "embed_tokens")) for _ in range(2)]
+    batch = new_batch(model.config.vocab_size, ((), (7, 19)))
+    TrainableModel(model, checkpoint_layers=False).losses(batch, adapters).sum().backward()
+    first, second = (adapter.parameters.buffers["weight"].grad for adapter in adapters)
+    assert first is not None
+    assert second is not None
+    assert not first.any()
+    assert second.any()

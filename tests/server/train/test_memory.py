@@ -45,15 +45,23 @@ def test_65_billion_parameters_fit_48_gb_as_in_the_paper() -> None:
     assert found["adapters"].num_bytes == pytest.approx(4 * 0.80e9, rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
-def test_base_and_adapters_are_what_is_loaded(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {}),
+        ("dora", {"rank_pattern": (("q_proj", 3),)}),
+        ("adalora", {"modules_to_save": ("lm_head", "norm")}),
+        ("lora", {"modules_to_save": ("embed_tokens",), "rank_pattern": ((r"layers\.0\..*", 9),)}),
+    ],
+)
+def test_base_and_adapters_are_what_is_loaded(method: str, options: dict[str, Any]) -> None:
     model = load_model(embedded_base(), dtype=torch.bfloat16)
-    found = parts(read_model_config(embedded_base()), method=method, rank=6)
+    found = parts(read_model_config(embedded_base()), method=method, rank=6, **options)
     weights = [weight for _, weight in model.stored()]
     quantized = sum(weight.num_bytes for weight in weights if isinstance(weight, NF4Weight))
     assert found["base, linear layers"].num_bytes == quantized
     assert found["base, everything else"].num_bytes == model.num_bytes - quantized
-    config = JobConfig(out=Path("/x"), data=(Path("/x"),), method=method, rank=6)  # type: ignore[arg-type]
+    config = JobConfig(out=Path("/x"), data=(Path("/x"),), method=method, rank=6, **options)  # type: ignore[arg-type]
     job = TrainingJob(
         "one",
         config,
@@ -66,6 +74,17 @@ def test_base_and_adapters_are_what_is_loaded(method: str) -> None:
     )
     elements = sum(tensor.numel() for tensor in job.adapter.parameters.tensors.values())
     assert found["adapters"].num_bytes == found["gradients"].num_bytes == 4 * elements
+
+
+def test_one_weight_for_a_tied_head_and_embedding() -> None:
+    model = parse_model_config({**LLAMA_65B, "tie_word_embeddings": True})
+    low_rank = parts(model)["adapters"].num_bytes
+    found = [
+        parts(model, modules_to_save=("lm_head", "embed_tokens"), ensure_weight_tying=tied)["adapters"].num_bytes
+        for tied in (False, True)
+    ]
+    table = 4 * 32000 * 8192
+    assert found == [low_rank + 2 * table, low_rank + table]
 
 
 def test_checkpointed_layers_and_8_bit_states_take_less() -> None:

@@ -105,12 +105,19 @@ def test_micro_batches_change_nothing_but_rounding(
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [("lora", "adamw"), ("lora", "adamw_8bit"), ("dora", "paged_adamw"), ("adalora", "auto")]
+    ("method", "optimizer", "options"),
+    [
+        ("lora", "adamw", {}),
+        ("lora", "adamw_8bit", {}),
+        ("dora", "paged_adamw", {"modules_to_save": ("lm_head", "norm"), "rank_pattern": (("q_proj", 2),)}),
+        ("adalora", "auto", {"modules_to_save": ("embed_tokens",)}),
+    ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_another(
-    load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, optimizer: str
+    load_base: Callable[[], DecoderModel], tmp_path: Path, method: str, optimizer: str, options: dict[str, Any]
 ) -> None:
-    model, options = load_base(), {"method": method, "optimizer": optimizer, "dropout": 0.2, "allocate_every": 1}
+    model = load_base()
+    options = {"method": method, "optimizer": optimizer, "dropout": 0.2, "allocate_every": 1, **options}
     whole = new_job(model, **options)
     train(model, [whole])
     folder = CheckpointFolder(tmp_path / "checkpoints")
