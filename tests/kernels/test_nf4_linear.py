@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lorasrv_kernels.errors import KernelError
-from lorasrv_kernels.nf4 import NF4Weight, dequantize, gradient, nf4_linear, quantize, reference
+from lorasrv_kernels.nf4 import NF4Weight, dequantize, gradient, native, nf4_linear, quantize, reference
 from lorasrv_kernels.workspace import thread_workspace
 from torch import Tensor
 
@@ -35,6 +35,20 @@ def test_equals_the_dense_product(rows: tuple[int, ...], in_features: int, dtype
     assert actual.dtype == dtype
     error = (actual.double() - expected).norm() / expected.norm()
     assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("rows", "in_features"), SHAPES, ids=str)
+def test_many_tokens_in_any_order_of_addition(
+    rows: tuple[int, ...], in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = fused(rows, in_features)
+    # panels that do not divide the rows
+    monkeypatch.setattr(reference, "PANEL_BYTES", 40 * in_features)
+    x = torch.randn(native.MIN_LIBRARY_TOKENS, in_features).bfloat16()
+    expected = x.double() @ dequantize(weight, dtype=torch.bfloat16).double().T
+    error = (nf4_linear(x, weight, exact=False).double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, *, out: Tensor | None = None, exact
         x: [T, I], float32, bfloat16 or float16; W is dequantized to this dtype.
         weight: [O, I] on the device of x.
         out: [T, O], contiguous, the dtype of x; written and returned if given. Serving passes it, under inference mode.
-        exact: whether every number of rows is multiplied in one way. On CUDA another is faster for many rows.
+        exact: whether every number of rows is multiplied in one way. For many rows another may be faster.
 
     Raises:
         KernelError: shapes or dtypes break this contract.

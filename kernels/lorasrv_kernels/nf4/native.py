@@ -18,6 +18,9 @@ _DEQUANTIZE_ARGUMENTS = [_POINTER] * 7 + [_SIZE] * 4 + [_POINTER] + [_NUMBER] * 
 _COLUMNS_ARGUMENTS = [_POINTER] * 7 + [_SIZE] * 4 + [_POINTER] + [_NUMBER] * 2
 _LINEAR_ARGUMENTS = [_POINTER] * 8 + [_SIZE] * 3 + [_POINTER] * 2 + [_NUMBER] * 3
 
+MIN_LIBRARY_TOKENS = 512
+"""In bfloat16; in float32 the library needs twice the time for any number."""
+
 
 def dequantize_(
     packed: Tensor,
@@ -61,6 +64,16 @@ def dequantize_(
         version,
     )
     return True
+
+
+def library_is_faster(x: Tensor) -> bool:
+    """Whether so many rows of x [T, I] are multiplied faster by the library, with weights that `dequantize_` wrote."""
+    return (
+        x.dtype == torch.bfloat16
+        and len(x) >= MIN_LIBRARY_TOKENS
+        and x.shape[1] % BLOCK_SIZE == 0
+        and _function("lorasrv_nf4_dequantize", tuple(_DEQUANTIZE_ARGUMENTS)) is not None
+    )
 
 
 def dequantizes_columns(dtype: torch.dtype) -> bool:

@@ -148,7 +148,11 @@ def _nf4_linear_cpu_(
 ) -> None:
     check_linear(x, packed, absmax, nested_absmax, offset, out_features, out, exact)
     rows = x.contiguous()
-    if not native.linear_(rows, packed, absmax, nested_absmax, offset, out_features, out):
+    if not exact and native.library_is_faster(rows):
+        reference.linear_by_library_(
+            rows, packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
+        )
+    elif not native.linear_(rows, packed, absmax, nested_absmax, offset, out_features, out):
         reference.linear_by_panels_(
             rows, packed, absmax, nested_absmax, offset, out_features, out, dequantize=_dequantize_op
         )

@@ -108,6 +108,26 @@ def linear_by_panels_(
         linear_(x, panel, out[:, row : row + step])
 
 
+def linear_by_library_(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    out_features: Sequence[int],
+    out: Tensor,
+    *,
+    dequantize: Dequantize = dequantize_,
+) -> None:
+    """As `linear_by_panels_`, a product of the library a panel, in whatever order it adds up so many tokens."""
+    in_features, num_rows = x.shape[1], out.shape[1]
+    step = 2 * panel_rows(in_features, x.dtype)
+    for row in range(0, num_rows, step):
+        panel = _panel(min(step, num_rows - row), in_features, x)
+        dequantize(packed, absmax, nested_absmax, offset, out_features, in_features, row, panel)
+        torch.mm(x, panel.t(), out=out[:, row : row + step])
+
+
 def linear_grad_by_panels(
     grad: Tensor,
     packed: Tensor,

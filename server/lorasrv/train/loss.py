@@ -44,11 +44,12 @@ class _ChunkedCrossEntropy(Function):
         head_gradient = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
         for chunk in rows.split(max(1, CHUNK_ELEMENTS // len(head))):
             taken = hidden[chunk]
-            logits = (taken @ head.T).float()
-            losses[chunk] = weights[chunk] * (logits.logsumexp(1) - logits.gather(1, targets[chunk, None])[:, 0])
+            log_probabilities = (taken @ head.T).log_softmax(1, dtype=torch.float32)
+            losses[chunk] = weights[chunk] * -log_probabilities.gather(1, targets[chunk, None])[:, 0]
             if not (wants_hidden or wants_head):
                 continue
-            gradient = logits.softmax(1)
+            # in place: a row of probabilities is as long as the vocabulary
+            gradient = log_probabilities.exp_()
             gradient.scatter_add_(1, targets[chunk, None], -torch.ones_like(gradient[:, :1]))
             gradient = gradient.mul_(weights[chunk, None]).to(head.dtype)
             if hidden_gradient is not None:

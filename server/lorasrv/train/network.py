@@ -256,7 +256,7 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 def _product(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, NF4Weight):
-        # on CUDA the library multiplies many rows faster
+        # the library multiplies many rows faster
         return nf4_linear(x, weight, exact=False)
     return F.linear(x, weight.to(x.dtype))
 
