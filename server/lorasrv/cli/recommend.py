@@ -23,11 +23,15 @@ def show_recommendation(found: "Recommendation", *, as_json: bool) -> None:
         print(f"{line.ljust(width)}  # {source}", flush=True)
     spare = found.memory_bytes - found.resident_bytes
     say(
-        f"{found.num_parameters / 1e6:,.1f} million parameters: it takes {found.resident_bytes / 1e9:.1f} GB of "
+        f"{_count(found.num_parameters)} parameters: it takes {found.resident_bytes / 1e9:.1f} GB of "
         f"{found.memory_bytes / 1e9:.1f}, {spare / 1e9:.1f} to spare"
     )
     missing = [flag for key, flag in (("data", "--data FILE"), ("out", "--out DIR")) if _lacks(found, key)]
     say(" ".join(["to train: lorasrv train THIS.yaml", *missing]))
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 def _lacks(found: "Recommendation", key: str) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorasrv.train.memory import MemoryPart
 
 _SECONDS_BETWEEN_LINES = 10.0
+_COLUMNS_WITH_BAR = 100
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def training_display(config: TrainConfig) -> Iterator[RunObserver]:
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    console = Console(file=sys.stderr)
+    # the words say more than the bar, and are cut where both do not fit
+    bar = (BarColumn(),) if console.width >= _COLUMNS_WITH_BAR else ()
+    columns = (TextColumn("step {task.completed}/{task.total}"), *bar, TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
         yield _Bar(progress, max_steps=config.run.max_steps)
 
 
@@ -138,7 +142,7 @@ def _describe(report: "StepReport") -> str:
     losses = _by_job({name: f"{job.loss:.3f}" for name, job in report.jobs.items()})
     rate = max(job.learning_rate for job in report.jobs.values())
     speed = f"{report.tokens / report.seconds:.0f} tokens/s, {report.memory_bytes / 2**30:.2f} GiB"
-    return f"loss {losses}, learning rate {rate:.1e}, {speed}, {_duration(report.seconds_left)} left"
+    return f"loss {losses}, lr {rate:.1e}, {speed}, {_duration(report.seconds_left)} left"
 
 
 def _duration(seconds: float) -> str:

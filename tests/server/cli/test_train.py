@@ -1,8 +1,10 @@
 """`lorasrv train`: what is asked for by flags, environment and file, and the folders that come of it."""
 
+import io
 import json
 import re
 import socket
+import sys
 import urllib.request
 
 import pytest
@@ -103,7 +105,7 @@ def test_a_file_of_several_jobs(lorasrv, base, data, tmp_path):
     assert {name: set(job["ranks"].values()) for name, job in end.json.items()} == {"a": {5}, "b": {5}}
     first, *_, shown, about_a, about_b, serve = end.err.splitlines()
     assert first == "training a, b for 2 steps"
-    line = r"step 2/2: loss a=\S+ b=\S+, learning rate \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
+    line = r"step 2/2: loss a=\S+ b=\S+, lr \S+, \d+ tokens/s, \d+\.\d\d GiB, 0:00 left"
     assert re.fullmatch(line, shown)
     assert about_a == f"a: rank 5; {tmp_path / 'a' / 'report.html'} tells how it went"
     assert about_b.startswith("b: rank 5; ")
@@ -371,3 +373,24 @@ def test_recommended_settings_say_what_is_missing_and_what_does_not_fit(lorasrv,
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text("jobs: {a: {}, b: {}}\n")
     assert "2 jobs; recommend is for one" in lorasrv("train", jobs, "--recommend").err
+
+
+@pytest.mark.parametrize(("width", "has_bar"), [(80, False), (120, True)])
+def test_a_terminal_shows_every_figure_in_one_line(lorasrv, base, data, tmp_path, monkeypatch, width, has_bar):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    flags = [*flags_of(base, data), "--max-steps", 1500, "--learning-rate", 1e-3]
+    monkeypatch.setattr(TrainingJob, "is_done", property(lambda self: self.best is not None))
+    lorasrv("train", *flags, "--eval-every", 2, "--out", tmp_path / "poet")
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", sys.stderr.getvalue())
+    words = r"loss \d\.\d{3}, lr \d\.\de-0\d, \d+ tokens/s, \d\.\d\d GiB, \d+:\d\d left"
+    assert re.search(rf"step 2/1500 {'━*[╸╺]?━+' if has_bar else ''} ?{words}", shown), shown
+    assert re.search(r"step 2: held out \d", shown)
+
+
+class Terminal(io.StringIO):
+    """What a terminal is to a program."""
+
+    def isatty(self):
+        return True
