@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from lorasrv_kernels.cpu.library import load
 from lorasrv_kernels.nf4 import dequantize, quantize, reference
+from lorasrv_kernels.nf4.calls import Nf4Dequantize
 
 SHAPES = ((256, 256), (2048, 2048), (1024, 4096), (4096, 1024))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -41,7 +42,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, *, rounds: int) -> tuple
         dequantize(weight, out=served)
 
     def specification() -> None:
-        reference.dequantize_(*storage, 0, specified)
+        reference.dequantize_(Nf4Dequantize(*storage, 0, specified))
 
     op()
     specification()

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from interleaved import compare, spread
 from lorasrv_kernels.cpu.isa import isa_in_use
-from lorasrv_kernels.nf4 import dequantize, quantize, reference
+from lorasrv_kernels.nf4 import dequantize, op, quantize, reference
+from lorasrv_kernels.nf4.calls import Nf4LinearGrad
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -53,15 +54,15 @@ def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
     grad = torch.randn(num_tokens, out_features).to(dtype)
 
     def candidate() -> Tensor:
-        result: Tensor = torch.ops.lorasrv.nf4_linear_grad(grad, *storage)
-        return result
+        return op.linear_grad(grad, *storage)
 
     def library() -> Tensor:
         return grad @ dense
 
     def specification() -> Tensor:
-        dequantize_ = torch.ops.lorasrv.nf4_dequantize_.default
-        return reference.linear_grad_by_panels(grad, *storage, dequantize=dequantize_)
+        return reference.linear_grad_by_panels(
+            Nf4LinearGrad(grad, *storage), dequantize=lambda call: op.dequantize_(*call)
+        )
 
     baselines = (candidate, library, bitsandbytes_backward(source, grad), specification)
     expected = grad.double() @ dense.double()

@@ -19,7 +19,8 @@ from interleaved import compare
 from lorasrv_kernels.cpu.isa import force_isa, isa_in_use
 from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.dense.reference import linear_ as dense_tiles_
-from lorasrv_kernels.nf4 import dequantize, nf4_linear, quantize
+from lorasrv_kernels.nf4 import dequantize, nf4_linear, op, quantize
+from lorasrv_kernels.nf4.calls import Nf4LinearInto
 from lorasrv_kernels.nf4.reference import linear_by_panels_ as nf4_by_panels_
 from torch import Tensor
 from torch.nn.functional import linear
@@ -74,7 +75,7 @@ def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
 
     def nf4_reference() -> Tensor:
         storage = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features)
-        nf4_by_panels_(x, *storage, dense_out, dequantize=torch.ops.lorasrv.nf4_dequantize_.default)
+        nf4_by_panels_(Nf4LinearInto(x, *storage, dense_out), dequantize=lambda call: op.dequantize_(*call))
         return dense_out
 
     def dense_reference() -> Tensor:

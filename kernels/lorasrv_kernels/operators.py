@@ -18,6 +18,9 @@ T = TypeVar("T")
 library = torch.library.Library("lorasrv", "FRAGMENT")
 """What all ops are registered with."""
 
+versions: dict[tuple[str, str], Callable[..., Any]] = {}
+"""What serves an op under a dispatch key, so that it can be had where the device is not."""
+
 _TYPES: dict[Any, str] = {
     type(None): "()",
     Tensor: "Tensor",
@@ -58,27 +61,27 @@ def define(
         cuda: the version for CUDA; it runs with the device of the first argument as the current one.
     """
     library.define(name + _schema(arguments, get_type_hints(reference)["return"], mutates))
-    versions: dict[str, Callable[..., Any] | None] = {
+    own: dict[str, Callable[..., Any] | None] = {
         "CompositeExplicitAutograd": reference,
         "CPU": cpu and _native_first(cpu, reference),
         "CUDA": cuda and _on_its_device(cuda),
         "Meta": shape or _nothing,
     }
-    for key, version in versions.items():
+    for key, version in own.items():
         if version is not None:
-            library.impl(name, _checked(arguments, check or _nothing, version), key)
+            versions[name, key] = _checked(arguments, check or _nothing, version)
+            library.impl(name, versions[name, key], key)
     op: Callable[P, T] = getattr(torch.ops.lorasrv, name).default
     return op
 
 
 def in_triton(
-    module: str, reference: Callable[[A], T], *, serves: Callable[[A], bool] | None = None
+    module: str, name: str, reference: Callable[[A], T], *, serves: Callable[[A], bool] | None = None
 ) -> Callable[[A], T]:
-    """The function of the reference's name in a module that imports Triton, which the first call loads.
+    """The function of this name in a module that imports Triton, which the first call loads.
 
     Where there is no Triton, or `serves` says no, it is the reference.
     """
-    name = reference.__name__
 
     def run(call: A) -> T:
         kernels = None if serves and not serves(call) else triton_modules.load(module)

@@ -15,6 +15,7 @@ from lorasrv_kernels.dense import reference as dense_reference
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, nf4_linear, quantize
 from lorasrv_kernels.nf4 import native as nf4_native
+from lorasrv_kernels.nf4.calls import Nf4LinearInto
 from torch import Tensor
 
 Linear = Callable[[Tensor, Tensor], bool]
@@ -49,7 +50,7 @@ def layer(kind: str, rows: tuple[int, ...], in_features: int, dtype: torch.dtype
     quantized = NF4Weight.concatenate([quantize(torch.randn(count, in_features) * count) for count in rows])
     dense = dequantize(quantized, dtype=dtype)
     if kind == "nf4":
-        return lambda x, out: nf4_native.linear_(x, *storage(quantized), out, isa=isa), dense
+        return lambda x, out: nf4_native.linear_(Nf4LinearInto(x, *storage(quantized), out), isa=isa), dense
     return lambda x, out: dense_native.linear_(x, dense, out, isa=isa), dense
 
 
@@ -188,7 +189,7 @@ def test_what_the_ops_choose(kind: str, dtype: torch.dtype) -> None:
         x = torch.randn(count, 128).to(dtype)
         expected = torch.empty(count, 40, dtype=dtype)
         if kind == "nf4":
-            assert nf4_native.linear_(x, *storage(weight), expected, isa=WIDEST)
+            assert nf4_native.linear_(Nf4LinearInto(x, *storage(weight), expected), isa=WIDEST)
             assert torch.equal(nf4_linear(x, weight), expected)
         else:
             assert dense_native.linear_(x, dense, expected, isa=WIDEST)
@@ -201,7 +202,7 @@ def test_what_the_ops_choose(kind: str, dtype: torch.dtype) -> None:
 def test_the_reference_serves_the_rest(in_features: int, dtype: torch.dtype) -> None:
     weight = quantize(torch.randn(5, in_features))
     x, out = torch.randn(3, in_features).to(dtype), torch.full((3, 5), 7, dtype=dtype)
-    assert not nf4_native.linear_(x, *storage(weight), out)
+    assert not nf4_native.linear_(Nf4LinearInto(x, *storage(weight), out))
     assert not dense_native.linear_(x, dequantize(weight, dtype=dtype), out)
     assert (out == 7).all()
     assert torch.isfinite(nf4_linear(x, weight)).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.nf4 import NF4Weight, dequantize, gradient, native, nf4_linear, quantize, reference
+from lorasrv_kernels.nf4.calls import Nf4LinearGrad
 from lorasrv_kernels.workspace import thread_workspace
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def test_gradient_and_reference_are_one(monkeypatch: pytest.MonkeyPatch) -> None
         actual = torch.ops.lorasrv.nf4_linear_grad(grad, *storage(weight), 320)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(
-        reference.linear_grad_by_panels(grad, *storage(weight), 320), expected, rtol=1e-5, atol=1e-4
+        reference.linear_grad_by_panels(Nf4LinearGrad(grad, *storage(weight), 320)), expected, rtol=1e-5, atol=1e-4
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
-from lorasrv_kernels import triton_modules
-from lorasrv_kernels.nf4 import NF4Weight, cuda, gradient, quantize, reference
+from lorasrv_kernels import operators, triton_modules
+from lorasrv_kernels.nf4 import NF4Weight, gradient, quantize, reference
+from lorasrv_kernels.nf4.calls import Nf4Dequantize, Nf4DequantizeColumns, Nf4LinearInto
 from lorasrv_kernels.nf4.container import slice_starts
 from torch import Tensor
 
@@ -46,9 +47,20 @@ def storage(weight: NF4Weight) -> tuple[Any, ...]:
     return weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features
 
 
+def on_cuda(name: str, *arguments: object) -> Any:
+    """What serves the op on CUDA."""
+    return operators.versions[name, "CUDA"](*arguments)
+
+
+def linear_on_cuda(x: Tensor, weight: NF4Weight) -> Tensor:
+    out = x.new_empty(len(x), weight.shape[0])
+    on_cuda("nf4_linear_", x, *storage(weight), out)
+    return out
+
+
 def dense(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     out = torch.full(weight.shape, torch.nan, dtype=dtype, device=weight.device)
-    reference.dequantize_(*storage(weight), weight.in_features, 0, out)
+    reference.dequantize_(Nf4Dequantize(*storage(weight), weight.in_features, 0, out))
     return out
 
 
@@ -69,7 +81,7 @@ def test_dequantizes_the_bits_of_the_reference(
     num_rows = sum(rows)
     for start, stop in {(0, num_rows), (num_rows // 2, num_rows), (num_rows // 3, num_rows // 2), (0, 0)}:
         out = torch.full((stop - start, in_features), torch.nan, dtype=dtype, device=triton_device)
-        kernels().dequantize_(*storage(weight), in_features, start, out)
+        kernels().dequantize_(Nf4Dequantize(*storage(weight), in_features, start, out))
         # the interpreter cuts bits off where devices round to bfloat16: one unit in the last place
         tolerance = 2**-7 if INTERPRETING and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(out, expected[start:stop], rtol=tolerance, atol=0.0)
@@ -86,7 +98,7 @@ def test_dequantizes_columns(
     expected = dense(weight, dtype)
     for start, stop in {(0, in_features), (in_features - 64, in_features), (0, 64)}:
         out = torch.full((sum(rows), stop - start), torch.nan, dtype=dtype, device=triton_device)
-        kernels().dequantize_columns_(*storage(weight), in_features, start, out)
+        kernels().dequantize_columns_(Nf4DequantizeColumns(*storage(weight), in_features, start, out))
         # the interpreter cuts bits off where devices round to bfloat16: one unit in the last place
         tolerance = 2**-7 if INTERPRETING and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(out, expected[:, start:stop], rtol=tolerance, atol=0.0)
@@ -103,7 +115,7 @@ def test_gradient_is_that_of_the_dense_layer_in_every_dtype(
     grad = torch.randn(num_tokens, 105, device=triton_device).to(dtype)
     monkeypatch.setattr(gradient, "MIN_COLUMNS", 64)
     monkeypatch.setattr(kernels(), "CHUNK_BYTES", 105 * 128 * dtype.itemsize)
-    actual = cuda.linear_grad(grad, *storage(weight), 320)
+    actual = on_cuda("nf4_linear_grad", grad, *storage(weight), 320)
     # float32 sums of the same weights, then one rounding to the dtype
     tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if INTERPRETING else 4e-3}[dtype]
     assert actual.dtype == dtype
@@ -145,7 +157,7 @@ def check_product(weight: NF4Weight, num_tokens: int, dtype: torch.dtype, *, exa
     num_rows, in_features = weight.shape
     x = torch.randn(num_tokens, in_features, device=weight.device).to(dtype)
     out = torch.full((num_tokens, num_rows), torch.nan, dtype=dtype, device=weight.device)
-    kernels().linear_(x, *storage(weight), out, exact)
+    kernels().linear_(Nf4LinearInto(x, *storage(weight), out, exact))
     # float32 sums of a few hundred products of the same weights, then one rounding to the dtype
     tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3 if INTERPRETING else 4e-3}[dtype]
     assert not num_tokens or relative_error(out, x, dense(weight, dtype)) < tolerance
@@ -184,7 +196,7 @@ def test_lookups_give_the_weights_of_the_dequantization(
             x = torch.zeros(64, 320, dtype=dtype, device=triton_device)
             x[torch.arange(64), first + torch.arange(64)] = 1
             out = torch.full((64, 80), torch.nan, dtype=dtype, device=triton_device)
-            kernels().linear_(x, *storage(weight), out)
+            kernels().linear_(Nf4LinearInto(x, *storage(weight), out))
             columns = expected[:, first : first + 64]
             # the interpreter cuts bits off where devices round to bfloat16: one unit in the last place
             tolerance = 2**-7 if INTERPRETING and dtype == torch.bfloat16 else 0.0
@@ -199,7 +211,7 @@ def test_chunks_of_rows_give_the_product(triton_device: torch.device, monkeypatc
     for num_bytes in (1, 64 * 4 * 7, 64 * 4 * 1000):
         monkeypatch.setattr(kernels(), "CHUNK_BYTES", num_bytes)
         out = torch.full((70, 70), torch.nan, device=triton_device)
-        kernels().linear_(x, *storage(weight), out, exact=False)
+        kernels().linear_(Nf4LinearInto(x, *storage(weight), out, exact=False))
         assert relative_error(out, x, expected) < 1e-6  # float32 sums
 
 
@@ -209,10 +221,10 @@ def test_rows_change_no_bit_of_each_other(triton_device: torch.device, dtype: to
     weight = fused((70,), 448, triton_device)
     x = torch.randn(70, 448, device=triton_device).to(dtype)
     together = x.new_empty(70, 70)
-    kernels().linear_(x, *storage(weight), together)
+    kernels().linear_(Nf4LinearInto(x, *storage(weight), together))
     for start, stop in ((0, 1), (5, 20), (30, 63)):
         out = x.new_empty(stop - start, 70)
-        kernels().linear_(x[start:stop].clone(), *storage(weight), out)
+        kernels().linear_(Nf4LinearInto(x[start:stop].clone(), *storage(weight), out))
         assert torch.equal(out, together[start:stop])
 
 
@@ -222,11 +234,11 @@ def test_the_ops_take_strides_and_odd_widths(triton_device: torch.device) -> Non
         weight = fused((9, 3), in_features, triton_device)
         x = torch.randn(in_features, 5, device=triton_device).T
         expected = dense(weight, torch.float32)
-        assert relative_error(cuda.linear(x, *storage(weight)), x, expected) < 1e-6  # float32 sums
+        assert relative_error(linear_on_cuda(x, weight), x, expected) < 1e-6  # float32 sums
         grad = torch.randn(12, 5, device=triton_device).T
-        assert relative_error(cuda.linear_grad(grad, *storage(weight), in_features), grad, expected.T) < 1e-6
+        assert relative_error(on_cuda("nf4_linear_grad", grad, *storage(weight), in_features), grad, expected.T) < 1e-6
         out = torch.empty_like(expected)
-        cuda.dequantize_(*storage(weight), in_features, 0, out)
+        on_cuda("nf4_dequantize_", *storage(weight), in_features, 0, out)
         assert torch.equal(out, expected)
 
 
@@ -236,7 +248,7 @@ def test_through_the_interpreter() -> None:
 
 
 def test_the_ops_are_registered_for_cuda() -> None:
-    for name in ("nf4_dequantize_", "nf4_linear_", "nf4_linear", "nf4_linear_grad"):
+    for name in ("nf4_dequantize_", "nf4_linear_", "nf4_linear_grad"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasrv::{name}", "CUDA")
 
 
@@ -246,7 +258,7 @@ def test_without_triton_the_reference_serves(monkeypatch: pytest.MonkeyPatch) ->
     weight = fused((9, 3), 64, torch.device("cpu"))
     x = torch.randn(5, 64)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        out = cuda.linear(x, *storage(weight))
+        out = linear_on_cuda(x, weight)
     assert relative_error(out, x, dense(weight, torch.float32)) < 1e-6  # float32 sums
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from lorasrv_kernels import lora  # noqa: F401  registers the ops
+from lorasrv_kernels import lora, operators  # noqa: F401  registers the ops
 from lorasrv_kernels.attention import BLOCK_TOKENS, AttentionBatch, Span, tile_tokens
 from lorasrv_kernels.attention import triton_kernels as triton_attention
 from lorasrv_kernels.batch import SlotBatch
-from lorasrv_kernels.nf4 import NF4Weight, cuda, reference, triton_linear
+from lorasrv_kernels.nf4 import NF4Weight, reference, triton_linear
+from lorasrv_kernels.nf4.calls import Nf4Dequantize
 from lorasrv_kernels.nf4.codes import levels, nested_codes
 from lorasrv_kernels.nf4.triton_kernels import MAX_FUSED_TOKENS
 from lorasrv_kernels.table import ABSENT_ROW, Column
@@ -32,6 +33,9 @@ LLAMA = {
 TINY = {"tiny": (96, 128)}
 RANK = 16
 NUM_ADAPTERS = 32
+
+# interpreted, they serve a CPU too
+nf4_linear_ = operators.versions["nf4_linear_", "CUDA"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,25 +89,25 @@ def nf4_case(name: str, rows: int, columns: int, tokens: int, device: torch.devi
     x = torch.randn(tokens, columns, device=device).to(dtype)
     out = x.new_empty(tokens, rows)
     dense = x.new_empty(rows, columns)
-    reference.dequantize_(*storage(weight), columns, 0, dense)
+    reference.dequantize_(Nf4Dequantize(*storage(weight), columns, 0, dense))
     copies = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
     denses = [dense, *(dense.clone() for _ in range(num_copies(dense.nbytes, device) - 1))]
     contestants = {
-        "ours": Contestant(run=lambda i: cuda.linear_(x, *storage(copies[i]), out, exact=False), copies=len(copies)),
+        "ours": Contestant(run=lambda i: nf4_linear_(x, *storage(copies[i]), out, exact=False), copies=len(copies)),
         "F.linear": Contestant(run=lambda i: linear(x, denses[i]), copies=len(denses)),
         "bitsandbytes": bitsandbytes_linear(x, copies),
     }
     # up to 64 tokens both are one kernel
     if tokens > MAX_FUSED_TOKENS:
-        exact = Contestant(run=lambda i: cuda.linear_(x, *storage(copies[i]), out), copies=len(copies))
+        exact = Contestant(run=lambda i: nf4_linear_(x, *storage(copies[i]), out), copies=len(copies))
         contestants["exact"] = exact
     elif name in ("8B qkv", "tiny"):
         contestants["by shuffles"] = Contestant(run=by_shuffles(x, copies, out), copies=len(copies))
 
     def error() -> float:
-        cuda.linear_(x, *storage(weight), out)
+        nf4_linear_(x, *storage(weight), out)
         exact_error = relative_error(out, x.float() @ dense.float().T)
-        cuda.linear_(x, *storage(weight), out, exact=False)
+        nf4_linear_(x, *storage(weight), out, exact=False)
         return max(exact_error, relative_error(out, x.float() @ dense.float().T))
 
     num_bytes = weight.num_bytes + x.nbytes + out.nbytes
@@ -118,7 +122,7 @@ def by_shuffles(x: Tensor, weights: list[NF4Weight], out: Tensor) -> Run:
         chosen = triton_linear.tiling
         triton_linear.tiling = lambda *arguments: replace(chosen(*arguments), lookup="gather", block_columns=128)
         try:
-            cuda.linear_(x, *storage(weights[index]), out)
+            nf4_linear_(x, *storage(weights[index]), out)
         finally:
             triton_linear.tiling = chosen
 
@@ -194,7 +198,7 @@ def lora_case(name: str, rows: int, columns: int, tokens: int, device: torch.dev
     contestants = {
         "ours": Contestant(run=apply, copies=len(arenas)),
         "exact": Contestant(run=lambda i: apply(i, exact=True), copies=len(arenas)),
-        "base product": Contestant(run=lambda i: cuda.linear_(x, *storage(base[i]), out), copies=len(base)),
+        "base product": Contestant(run=lambda i: nf4_linear_(x, *storage(base[i]), out), copies=len(base)),
     }
     num_bytes = used * numbers * arena.itemsize + x.nbytes + 2 * y.nbytes
     return Case(kernel="lora_apply", shape=f"{name} {rows}x{columns} {used} of rank {RANK}", size=tokens,

@@ -16,9 +16,11 @@ from cases import (
     relative_error,
     storage,
 )
+from lorasrv_kernels import operators
 from lorasrv_kernels.lora.training import op
 from lorasrv_kernels.lora.training.reference import LoraUpdate, LoraUpdateGrad, lora_update, lora_update_grad
-from lorasrv_kernels.nf4 import cuda, reference
+from lorasrv_kernels.nf4 import reference
+from lorasrv_kernels.nf4.calls import Nf4Dequantize
 from torch import Tensor
 
 TOKENS = 2048
@@ -39,11 +41,11 @@ def nf4_grad_case(name: str, rows: int, columns: int, tokens: int, device: torch
     dtype = dtype_of(device)
     grad = torch.randn(tokens, rows, device=device).to(dtype)
     dense = grad.new_empty(rows, columns)
-    reference.dequantize_(*storage(weight), columns, 0, dense)
+    reference.dequantize_(Nf4Dequantize(*storage(weight), columns, 0, dense))
     copies = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
 
     def ours(index: int) -> Tensor:
-        return cuda.linear_grad(grad, *storage(copies[index]), columns)
+        return operators.versions["nf4_linear_grad", "CUDA"](grad, *storage(copies[index]), columns)
 
     def error() -> float:
         return relative_error(ours(0), grad.float() @ dense.float())

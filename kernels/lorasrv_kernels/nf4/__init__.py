@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.nf4 import cuda as _cuda  # noqa: F401  registers the ops
+from lorasrv_kernels.nf4 import op
 from lorasrv_kernels.nf4.container import NF4Weight
 from lorasrv_kernels.nf4.quantize import quantize
 
@@ -26,9 +26,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, *, out: Tensor | None = None, exact
     """
     storage = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.out_features)
     if out is None:
-        result: Tensor = torch.ops.lorasrv.nf4_linear(x, *storage, exact)
-        return result
-    torch.ops.lorasrv.nf4_linear_(x, *storage, out, exact)
+        return op.linear(x, *storage, exact)
+    op.linear_(x, *storage, out, exact)
     return out
 
 
@@ -56,7 +55,7 @@ def dequantize(
     stop = num_rows if stop_row is None else stop_row
     if out is None:
         out = torch.empty(max(0, stop - start_row), in_features, dtype=dtype, device=weight.device)
-    torch.ops.lorasrv.nf4_dequantize_(
+    op.dequantize_(
         weight.packed,
         weight.absmax,
         weight.nested_absmax,

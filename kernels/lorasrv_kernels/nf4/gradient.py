@@ -6,11 +6,12 @@ Panels of columns need no sum over panels, so nothing is added or rounded twice.
 own function dequantizes them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.nf4.calls import Nf4DequantizeColumns, Nf4LinearGrad
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE
 from lorasrv_kernels.workspace import thread_workspace
 
@@ -20,30 +21,19 @@ PANEL_BYTES = 4 << 20
 MIN_COLUMNS = 256
 """The incoming gradient is read once per panel; narrower panels spend more time on that than on anything else."""
 
-DequantizeColumns = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int], int, int, Tensor], object]
-"""(packed, absmax, nested_absmax, offset, out_features, in_features, start_column, out [O, columns])."""
-
 
 def linear_grad_by_columns(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    *,
-    dequantize_columns: DequantizeColumns,
-    panel_bytes: int,
+    call: Nf4LinearGrad, *, dequantize_columns: Callable[[Nf4DequantizeColumns], None], panel_bytes: int
 ) -> Tensor:
     """grad W [T, I] of grad [T, O]; I a multiple of 64. Panels depend on O, I and the dtype alone."""
+    grad, in_features = call.grad, call.in_features
     num_rows = grad.shape[1]
     result = grad.new_empty(grad.shape[0], in_features)
     step = panel_columns(num_rows, grad.dtype, panel_bytes)
     for column in range(0, in_features, step):
         shape = (num_rows, min(step, in_features - column))
         panel = thread_workspace().take("nf4.columns", shape, grad.dtype, grad.device)
-        dequantize_columns(packed, absmax, nested_absmax, offset, out_features, in_features, column, panel)
+        dequantize_columns(Nf4DequantizeColumns(*call[1:], column, panel))
         torch.mm(grad, panel, out=result[:, column : column + step])
     return result
 

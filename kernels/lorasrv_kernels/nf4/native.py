@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, isa_in_use
 from lorasrv_kernels.cpu.linear import DTYPES, scratch, serving_isa
+from lorasrv_kernels.nf4 import gradient
+from lorasrv_kernels.nf4.calls import Nf4Dequantize, Nf4DequantizeColumns, Nf4LinearGrad, Nf4LinearInto
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, levels, nested_codes
 
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -22,28 +24,18 @@ MIN_LIBRARY_TOKENS = 512
 """In bfloat16; in float32 the library needs twice the time for any number."""
 
 
-def dequantize_(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    start_row: int,
-    out: Tensor,
-    *,
-    isa: Isa | None = None,
-) -> bool:
+def dequantize_(call: Nf4Dequantize, *, isa: Isa | None = None) -> bool:
     """Writes the rows from `start_row` on into out [rows, I], with the reference's own bits.
 
     Args:
-        packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and out untouched, where there is no native version: library not built, I not a multiple of 64, or
         neither float32 nor bfloat16.
     """
+    packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out = call
     dtype, version = DTYPES.get(out.dtype), isa_in_use() if isa is None else isa
     function = _function("lorasrv_nf4_dequantize", tuple(_DEQUANTIZE_ARGUMENTS))
     if function is None or version is None or dtype is None or in_features % BLOCK_SIZE:
@@ -81,28 +73,12 @@ def dequantizes_columns(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and _function("lorasrv_nf4_dequantize_columns", tuple(_COLUMNS_ARGUMENTS)) is not None
 
 
-def dequantize_columns_(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    start_column: int,
-    out: Tensor,
-    *,
-    isa: Isa | None = None,
-) -> None:
+def dequantize_columns_(call: Nf4DequantizeColumns, *, isa: Isa | None = None) -> None:
     """Writes the columns from `start_column` on into out [O, columns], with the reference's own bits.
 
-    Args:
-        packed, absmax, nested_absmax, offset, out_features, in_features: as the op takes them; I a multiple of 64.
-        start_column: a multiple of 64.
-        out: contiguous, a multiple of 64 wide.
-        isa: one that the machine must have; None for the one in use.
-
-    Only for what `dequantizes_columns` is true of.
+    Only for what `dequantizes_columns` is true of, and I a multiple of 64. `isa` is one that the machine must have.
     """
+    packed, absmax, nested_absmax, offset, out_features, in_features, start_column, out = call
     version = isa_in_use() if isa is None else isa
     function = _function("lorasrv_nf4_dequantize_columns", tuple(_COLUMNS_ARGUMENTS))
     assert function is not None, "the caller has asked"
@@ -123,26 +99,27 @@ def dequantize_columns_(
     )
 
 
-def linear_(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    out: Tensor,
-    *,
-    isa: Isa | None = None,
-) -> bool:
-    """Writes x W^T into out [T, O]; x [T, I] contiguous.
+def linear_grad(call: Nf4LinearGrad) -> Tensor | None:
+    """grad W [T, I] of grad [T, O]; None where there is no native version, as in `dequantize_`."""
+    if call.in_features % BLOCK_SIZE or not dequantizes_columns(call.grad.dtype):
+        return None
+    return gradient.linear_grad_by_columns(
+        call, dequantize_columns=dequantize_columns_, panel_bytes=gradient.PANEL_BYTES
+    )
+
+
+def linear_(call: Nf4LinearInto, *, isa: Isa | None = None) -> bool:
+    """Writes x W^T into out [T, O].
 
     Args:
-        x, packed, absmax, nested_absmax, offset, out_features, out: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and out untouched, where there is no native version: as in `dequantize_`, or only portable code.
     """
+    x, packed, absmax, nested_absmax, offset, out_features, out, _ = call
+    x = x.contiguous()
     num_tokens, in_features = x.shape
     dtype, version = DTYPES.get(x.dtype), serving_isa() if isa is None else isa
     function = _function("lorasrv_nf4_linear", tuple(_LINEAR_ARGUMENTS))

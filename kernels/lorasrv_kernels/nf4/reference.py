@@ -7,13 +7,14 @@
 The linear layer never holds more of W than one panel: a run of rows of at most `PANEL_BYTES`, or one row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lorasrv_kernels.dense.reference import linear_
+from lorasrv_kernels.nf4.calls import Nf4Dequantize, Nf4LinearGrad, Nf4LinearInto
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, NESTED_BLOCK_SIZE, level_pairs, nested_codes
 from lorasrv_kernels.nf4.container import slice_starts
 from lorasrv_kernels.workspace import thread_workspace
@@ -23,21 +24,10 @@ PANEL_BYTES = 4 << 20
 
 _RUN_BLOCKS = 1 << 10
 
-Dequantize = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int], int, int, Tensor], None]
-"""(packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out): the form of `dequantize_`."""
 
-
-def dequantize_(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    start_row: int,
-    out: Tensor,
-) -> None:
+def dequantize_(call: Nf4Dequantize) -> None:
     """Writes the rows from `start_row` on into out [rows, I], contiguous, float32, bfloat16 or float16."""
+    packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out = call
     stop_row = start_row + out.shape[0]
     for index, (start, stop) in enumerate(pairwise(slice_starts(tuple(out_features), in_features))):
         first_row, last_row = max(start_row, start.row), min(stop_row, stop.row)
@@ -88,64 +78,37 @@ def _dequantize_elements_(packed: Tensor, scales: Tensor, first: int, out: Tenso
         out[lower - first : upper - first] = weights.view(-1)[lower - start : upper - start]
 
 
-def linear_by_panels_(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    out: Tensor,
-    *,
-    dequantize: Dequantize = dequantize_,
-) -> None:
-    """Writes x W^T into out [T, O]; x [T, I] contiguous. Panels depend on O, I and the dtype alone."""
+def linear_by_panels_(call: Nf4LinearInto, *, dequantize: Callable[[Nf4Dequantize], None] = dequantize_) -> None:
+    """Writes x W^T into out [T, O]. Panels depend on O, I and the dtype alone."""
+    x, out = call.x.contiguous(), call.out
     in_features, num_rows = x.shape[1], out.shape[1]
     step = panel_rows(in_features, x.dtype)
     for row in range(0, num_rows, step):
         panel = _panel(min(step, num_rows - row), in_features, x)
-        dequantize(packed, absmax, nested_absmax, offset, out_features, in_features, row, panel)
+        dequantize(Nf4Dequantize(*call[1:6], in_features, row, panel))
         linear_(x, panel, out[:, row : row + step])
 
 
-def linear_by_library_(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    out: Tensor,
-    *,
-    dequantize: Dequantize = dequantize_,
-) -> None:
+def linear_by_library_(call: Nf4LinearInto, *, dequantize: Callable[[Nf4Dequantize], None] = dequantize_) -> None:
     """As `linear_by_panels_`, a product of the library a panel, in whatever order it adds up so many tokens."""
+    x, out = call.x.contiguous(), call.out
     in_features, num_rows = x.shape[1], out.shape[1]
     step = 2 * panel_rows(in_features, x.dtype)
     for row in range(0, num_rows, step):
         panel = _panel(min(step, num_rows - row), in_features, x)
-        dequantize(packed, absmax, nested_absmax, offset, out_features, in_features, row, panel)
+        dequantize(Nf4Dequantize(*call[1:6], in_features, row, panel))
         torch.mm(x, panel.t(), out=out[:, row : row + step])
 
 
-def linear_grad_by_panels(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    *,
-    dequantize: Dequantize = dequantize_,
-) -> Tensor:
+def linear_grad_by_panels(call: Nf4LinearGrad, *, dequantize: Callable[[Nf4Dequantize], None] = dequantize_) -> Tensor:
     """grad W [T, I] of grad [T, O]; a panel's part has the dtype of grad, their sum is float32, rounded once."""
+    grad, in_features = call.grad, call.in_features
     num_rows = grad.shape[1]
     step = panel_rows(in_features, grad.dtype)
     total: Tensor | None = None
     for row in range(0, num_rows, step):
         panel = _panel(min(step, num_rows - row), in_features, grad)
-        dequantize(packed, absmax, nested_absmax, offset, out_features, in_features, row, panel)
+        dequantize(Nf4Dequantize(*call[1:], row, panel))
         part = grad[:, row : row + step] @ panel
         if step >= num_rows:
             return part

@@ -4,13 +4,13 @@ Knows tensors that passed the op's checks. Nothing here has been timed on a GPU.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorasrv_kernels.nf4.calls import Nf4Dequantize, Nf4DequantizeColumns
 from lorasrv_kernels.nf4.codes import BLOCK_SIZE, NESTED_BLOCK_SIZE, levels, nested_codes
 from lorasrv_kernels.nf4.container import slice_starts
 
@@ -32,17 +32,9 @@ def slice_table(out_features: tuple[int, ...], in_features: int, device: torch.d
         return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def dequantize_(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    start_row: int,
-    out: Tensor,
-) -> None:
+def dequantize_(call: Nf4Dequantize) -> None:
     """Writes the rows from `start_row` on into out [rows, I], with the reference's own bits."""
+    packed, absmax, nested_absmax, offset, out_features, in_features, start_row, out = call
     num_blocks = out.numel() // BLOCK_SIZE
     if not num_blocks:
         return
@@ -66,17 +58,9 @@ def dequantize_(
     )
 
 
-def dequantize_columns_(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-    start_column: int,
-    out: Tensor,
-) -> None:
-    """Writes the columns from `start_column` on into out [O, columns], both multiples of 64."""
+def dequantize_columns_(call: Nf4DequantizeColumns) -> None:
+    """Writes the columns from `start_column` on into out [O, columns], with the reference's own bits."""
+    packed, absmax, nested_absmax, offset, out_features, in_features, start_column, out = call
     num_blocks = out.numel() // BLOCK_SIZE
     if not num_blocks:
         return

@@ -5,11 +5,10 @@ A few token rows meet the codes themselves (`triton_linear`), many meet dequanti
 Knows tensors that passed the op's checks. Nothing here has been timed on a GPU.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.nf4.calls import Nf4Dequantize, Nf4LinearGrad, Nf4LinearInto
 from lorasrv_kernels.nf4.gradient import linear_grad_by_columns
 from lorasrv_kernels.nf4.triton_dequantize import dequantize_, dequantize_columns_
 from lorasrv_kernels.nf4.triton_linear import fused_linear_
@@ -27,43 +26,26 @@ CHUNK_BYTES = 24 << 20
 """Most bytes of dequantized weights at a time, or one row; chosen to stay in the 50 MB of an H100's L2."""
 
 
-def linear_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    in_features: int,
-) -> Tensor:
+def linear_grad(call: Nf4LinearGrad) -> Tensor:
     """grad W [T, I] of grad [T, O]."""
-    storage = (packed, absmax, nested_absmax, offset, out_features, in_features)
-    return linear_grad_by_columns(grad, *storage, dequantize_columns=dequantize_columns_, panel_bytes=CHUNK_BYTES)
+    return linear_grad_by_columns(call, dequantize_columns=dequantize_columns_, panel_bytes=CHUNK_BYTES)
 
 
-def linear_(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: Sequence[int],
-    out: Tensor,
-    exact: bool = True,
-) -> None:
-    """Writes x W^T into out [T, O]; x [T, I] contiguous."""
+def linear_(call: Nf4LinearInto) -> None:
+    """Writes x W^T into out [T, O]."""
+    x, out = call.x.contiguous(), call.out
     num_tokens, num_rows = out.shape
     if not num_tokens or not num_rows:
         return
-    if exact or num_tokens <= MAX_FUSED_TOKENS:
+    if call.exact or num_tokens <= MAX_FUSED_TOKENS:
         for row in range(0, num_tokens, MAX_PLANE_TOKENS):
             rows = slice(row, row + MAX_PLANE_TOKENS)
-            fused_linear_(x[rows], packed, absmax, nested_absmax, offset, tuple(out_features), out[rows])
+            fused_linear_(call._replace(x=x[rows], out=out[rows]))
         return
     in_features = x.shape[1]
     step = max(1, min(num_rows, CHUNK_BYTES // (in_features * x.element_size())))
     chunk = x.new_empty(step, in_features)
     for row in range(0, num_rows, step):
         weights = chunk[: min(step, num_rows - row)]
-        dequantize_(packed, absmax, nested_absmax, offset, out_features, in_features, row, weights)
+        dequantize_(Nf4Dequantize(*call[1:6], in_features, row, weights))
         torch.mm(x, weights.T, out=out[:, row : row + step])

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from lorasrv_kernels.nf4.calls import Nf4LinearInto
 from lorasrv_kernels.nf4.codes import NESTED_BLOCK_SIZE, levels, nested_codes
 from lorasrv_kernels.nf4.triton_dequantize import slice_of, slice_table
 from lorasrv_kernels.nf4.triton_lookup import in_order_of_threads, weights_by_gather, weights_by_words
@@ -76,16 +76,9 @@ def most_tiles(device: torch.device) -> int:
     return 4 if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0) else 2
 
 
-def fused_linear_(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    out_features: tuple[int, ...],
-    out: Tensor,
-) -> None:
+def fused_linear_(call: Nf4LinearInto) -> None:
     """Writes x W^T into out [T, O]; x [T, I] contiguous. The order of addition follows O, I and the dtype alone."""
+    x, packed, absmax, nested_absmax, offset, out_features, out, _ = call
     num_tokens, num_rows = out.shape
     in_features = x.shape[1]
     cut = tiling(num_rows, in_features, x.dtype)
@@ -106,7 +99,7 @@ def fused_linear_(
         absmax,
         nested_absmax,
         offset,
-        slice_table(out_features, in_features, x.device),
+        slice_table(tuple(out_features), in_features, x.device),
         levels(x.device),
         nested_codes(x.device),
         planes,

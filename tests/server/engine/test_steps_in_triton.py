@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
+from lorasrv_kernels import operators
 from lorasrv_kernels.attention import op as attention
 from lorasrv_kernels.cpu.decoder import NativeDecoder
 from lorasrv_kernels.dense import op as dense
 from lorasrv_kernels.lora import op as lora
-from lorasrv_kernels.nf4 import cuda as nf4
 from lorasrv_kernels.rowwise import op as rowwise
 from random_llama import TINY, random_adapter, random_llama
 from recorded_graph import RecordedGraph
@@ -22,9 +22,8 @@ ON_CUDA = {
     "paged_attention": attention._attention_cuda,
     "dense_linear_": dense._dense_linear_cuda_,
     "lora_apply_": lora._apply_cuda,
-    "nf4_dequantize_": nf4.dequantize_,
-    "nf4_linear_": nf4.linear_,
-    "nf4_linear": nf4.linear,
+    "nf4_dequantize_": operators.versions["nf4_dequantize_", "CUDA"],
+    "nf4_linear_": operators.versions["nf4_linear_", "CUDA"],
     "rms_norm": rowwise._norm_cuda,
     "rotate_": rowwise._rotate_cuda,
     "silu_mul": rowwise._silu_mul_cuda,

@@ -54,7 +54,7 @@ def _grad_shape(call: LoraUpdateGrad) -> Gradients:
     )
 
 
-def _triton_serves(call: LoraUpdate | LoraUpdateGrad) -> bool:
+def _not_double(call: LoraUpdate | LoraUpdateGrad) -> bool:
     return call.x.dtype != torch.float64
 
 
@@ -65,7 +65,7 @@ lora_update = operators.define(
     check=check_update,
     shape=operators.like_first,
     cpu=native.lora_update,
-    cuda=operators.in_triton(f"{__package__}.triton_kernels", reference.lora_update, serves=_triton_serves),
+    cuda=operators.in_triton(f"{__package__}.triton_kernels", "lora_update", reference.lora_update, serves=_not_double),
 )
 lora_update_grad = operators.define(
     "lora_update_grad",
@@ -73,7 +73,9 @@ lora_update_grad = operators.define(
     reference=reference.lora_update_grad,
     shape=_grad_shape,
     cpu=native.lora_update_grad,
-    cuda=operators.in_triton(f"{__package__}.triton_gradient", reference.lora_update_grad, serves=_triton_serves),
+    cuda=operators.in_triton(
+        f"{__package__}.triton_gradient", "lora_update_grad", reference.lora_update_grad, serves=_not_double
+    ),
 )
 
 
