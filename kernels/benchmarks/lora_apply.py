@@ -56,7 +56,7 @@ def row(out_features: int, in_features: int, num_tokens: int, dtype: torch.dtype
         lora_apply_(y, x, arena, table, out_features=[out_features], slots=batch)
 
     def specification() -> None:
-        reference.lora_apply_(y, x, arena, table, [out_features], *tiles)
+        reference.lora_apply_(reference.LoraApply(y, x, arena, table, [out_features], *tiles))
 
     expected = exact(x, arena, table, slots, out_features)
     for run in (op, specification):

@@ -10,6 +10,7 @@ from lora_arena import Arena, popularity, with_tail
 from lorasrv_kernels.batch import NO_SLOT, TILE_ROWS, SlotBatch
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.lora import lora_apply_, lora_embed_, native, reference
+from lorasrv_kernels.lora.reference import LoraApply
 from lorasrv_kernels.table import ABSENT, Column
 
 VOCAB = 40
@@ -18,13 +19,17 @@ VOCAB = 40
 Update = Callable[..., Any]
 
 
-def natively(*arguments: Any, isa: Isa) -> None:
-    assert native.lora_apply_(*arguments, isa=isa)
+def natively(call: LoraApply, *, isa: Isa) -> None:
+    assert native.lora_apply_(call, isa=isa)
+
+
+def by_op(call: LoraApply) -> None:
+    torch.ops.lorasrv.lora_apply_(*call)
 
 
 def updates(dtype: torch.dtype) -> dict[str, Update]:
     """The implementations that this machine can run, by name."""
-    found: dict[str, Update] = {"op": torch.ops.lorasrv.lora_apply_, "reference": reference.lora_apply_}
+    found: dict[str, Update] = {"op": by_op, "reference": reference.lora_apply_}
     widest = widest_isa()
     if widest is not None and dtype != torch.float16:
         # what is wider than AVX-512 runs as AVX-512
@@ -40,12 +45,12 @@ def apply(
     out_features: list[int],
     bias: torch.Tensor | None = None,
     *,
-    update: Update = torch.ops.lorasrv.lora_apply_,
+    update: Update = by_op,
 ) -> torch.Tensor:
     result = y.clone()
     batch = SlotBatch.from_slots(slots)
     tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows)
-    update(result, x, arena.data, arena.table, out_features, *tiles, bias)
+    update(LoraApply(result, x, arena.data, arena.table, out_features, *tiles, bias))
     return result
 
 
@@ -175,8 +180,9 @@ def test_what_has_no_native_version_goes_to_the_reference() -> None:
     tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows, None)
     y = torch.randn(96, 2).T
     expected = apply(arena, y.contiguous(), torch.ones(2, 64), [0, 1], [64, 32], update=reference.lora_apply_)
-    assert not native.lora_apply_(y, torch.ones(2, 64), arena.data, arena.table, [64, 32], *tiles)
-    torch.ops.lorasrv.lora_apply_(y, torch.ones(2, 64), arena.data, arena.table, [64, 32], *tiles)
+    call = LoraApply(y, torch.ones(2, 64), arena.data, arena.table, [64, 32], *tiles)
+    assert not native.lora_apply_(call)
+    by_op(call)
     assert torch.equal(y, expected)
 
 
@@ -217,7 +223,7 @@ def test_tensors_longer_than_the_step_change_no_bit(kind: str) -> None:
     tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows)
     for name, update in updates(torch.float32).items():
         actual = y.clone()
-        update(actual, x, arena.data, arena.table, [96, 63], *tiles, bias)
+        update(LoraApply(actual, x, arena.data, arena.table, [96, 63], *tiles, bias))
         assert torch.equal(actual, apply(arena, y, x, slots, [96, 63], bias, update=update)), name
 
 

@@ -12,6 +12,7 @@ if INTERPRETING:
 
 import aot
 from lorasrv_kernels.lora import triton_kernels
+from lorasrv_kernels.lora.reference import LoraApply, LoraEmbed
 
 GROUPS = {
     # (I, widths of the slices)
@@ -51,12 +52,8 @@ def launches(
         table = torch.empty(64, 113, len(Column), dtype=torch.int64)[:, 3 : 3 + len(out_features)]
         own = torch.empty(sum(out_features), dtype=dtype) if bias else None
     slots = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows)
-    return aot.record(
-        monkeypatch,
-        lambda: triton_kernels.lora_apply_(
-            y, x, arena, table, out_features, *slots, own, max_rank, batch.composed, batch.exact
-        ),
-    )
+    call = LoraApply(y, x, arena, table, out_features, *slots, own, max_rank, batch.composed, batch.exact)
+    return aot.record(monkeypatch, lambda: triton_kernels.lora_apply_(call))
 
 
 def check(launch: aot.Launch, capability: int) -> aot.Compiled:
@@ -101,9 +98,8 @@ def test_embedding_fits_a_device(exact: bool, capability: int, monkeypatch: pyte
     with torch.device("meta"):
         y, arena = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((3, 4096), (1 << 20,)))
         tokens, table = torch.empty(3, dtype=torch.int64), torch.empty(64, len(Column), dtype=torch.int64)
-    (launch,) = aot.record(
-        monkeypatch, lambda: triton_kernels.lora_embed_(y, tokens, arena, table, *slots, False, exact)
-    )
+    call = LoraEmbed(y, tokens, arena, table, *slots, False, exact)
+    (launch,) = aot.record(monkeypatch, lambda: triton_kernels.lora_embed_(call))
     check(launch, capability)
 
 

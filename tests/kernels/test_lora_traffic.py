@@ -5,6 +5,7 @@ import torch
 from lora_arena import RANKS, Arena, popularity
 from lorasrv_kernels.batch import SlotBatch
 from lorasrv_kernels.lora import lora_apply_, reference
+from lorasrv_kernels.lora.reference import LoraApply
 from lorasrv_kernels.lora.traffic import Traffic, update_traffic
 from lorasrv_kernels.table import ABSENT, ABSENT_ROW, Column
 
@@ -38,9 +39,8 @@ def test_the_count_is_what_the_specification_reads(
         monkeypatch.setattr(reference, name, lambda *where, of=original: read.append(of(*where)) or read[-1])
     batch = SlotBatch.from_slots(slots)
     tiles = (batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows, None)
-    reference.lora_apply_(
-        torch.zeros(40, sum(OUT), dtype=dtype), torch.randn(40, IN).to(dtype), arena.data, arena.table, OUT, *tiles
-    )
+    y, x = torch.zeros(40, sum(OUT), dtype=dtype), torch.randn(40, IN).to(dtype)
+    reference.lora_apply_(LoraApply(y, x, arena.data, arena.table, OUT, *tiles))
     assert count(arena, slots).num_bytes == sum(part.nbytes for part in read)
     assert count(arena, slots).rank_rows == sum(part.shape[0] for part in read if part.ndim == 2) // 2
 

@@ -8,6 +8,7 @@ from interpreter import INTERPRETING, run_interpreted
 from lora_arena import Arena, popularity, with_tail
 from lorasrv_kernels.batch import NO_SLOT, SlotBatch
 from lorasrv_kernels.lora import reference
+from lorasrv_kernels.lora.reference import LoraApply, LoraEmbed
 from lorasrv_kernels.table import ABSENT, Column
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def apply(
     tiling: triton_kernels.Tiling = SMALL,
 ) -> Tensor:
     result = y.to(device, copy=True)
-    triton_kernels.lora_apply_(
+    call = LoraApply(
         result,
         x.to(device),
         arena.data.to(device),
@@ -61,8 +62,8 @@ def apply(
         max_rank,
         batch.composed,
         batch.exact,
-        tiling=tiling,
     )
+    triton_kernels.lora_apply_(call, tiling=tiling)
     return result.cpu()
 
 
@@ -71,7 +72,8 @@ def expect(
 ) -> Tensor:
     result = y.clone()
     cpu = torch.device("cpu")
-    reference.lora_apply_(result, x, arena.data, arena.table, out_features, *slot_tensors(batch, cpu), bias)
+    tensors = slot_tensors(batch, cpu)
+    reference.lora_apply_(LoraApply(result, x, arena.data, arena.table, out_features, *tensors, bias))
     return result
 
 
@@ -218,7 +220,8 @@ def test_views(triton_device: torch.device) -> None:
     table = torch.full((5, 9, 8), 7, device=triton_device)
     table[:, 4:6] = arena.table.to(triton_device)
     tensors, data = slot_tensors(batch, triton_device), arena.data.to(triton_device)
-    triton_kernels.lora_apply_(y, x, data, table[:, 4:6], [64, 32], *tensors, None, MAX_RANK, tiling=SMALL)
+    call = LoraApply(y, x, data, table[:, 4:6], [64, 32], *tensors, None, MAX_RANK)
+    triton_kernels.lora_apply_(call, tiling=SMALL)
     assert torch.equal(y.cpu(), expected)
     assert torch.equal(wide_y[:, 4::2], rest)
 
@@ -251,16 +254,10 @@ def test_embedding(dtype: torch.dtype, composed: bool, exact: bool, triton_devic
     arena.table[:, :, Column.BIAS] = ABSENT
     ids, y = torch.arange(len(slots)) * 7 % VOCAB, torch.randn(len(slots), 100).to(dtype)
     expected, result = y.clone(), y.to(triton_device, copy=True)
-    tables = slot_tensors(batch, torch.device("cpu"))[:-1]
-    reference.lora_embed_(expected, ids, arena.data, arena.table[:, 0], *tables)
-    triton_kernels.lora_embed_(
-        result,
-        *(tensor.to(triton_device) for tensor in (ids, arena.data, arena.table[:, 0])),
-        *slot_tensors(batch, triton_device),
-        batch.composed,
-        batch.exact,
-        tiling=SMALL,
-    )
+    numbers = (ids, arena.data, arena.table[:, 0], *slot_tensors(batch, torch.device("cpu")))
+    reference.lora_embed_(LoraEmbed(expected, *numbers))
+    there = (tensor.to(triton_device) for tensor in numbers)
+    triton_kernels.lora_embed_(LoraEmbed(result, *there, batch.composed, batch.exact), tiling=SMALL)
     tolerance = dict(TOLERANCE[dtype])
     if composed and dtype is torch.bfloat16:
         # a row is rounded once per slot, each time to the size of a partial sum

@@ -298,7 +298,7 @@ def test_compiles_the_linear_layer(
     x = torch.empty(num_tokens, in_features, dtype=dtype, device="meta")
     out = torch.empty(num_tokens, sum(rows), dtype=dtype, device="meta")
     monkeypatch.setattr(linear(), "most_tiles", lambda _device: {80: 2, 90: 4}[capability])
-    launches = aot.record(monkeypatch, lambda: kernels().linear_(x, *meta(rows, in_features), out))
+    launches = aot.record(monkeypatch, lambda: kernels().linear_(Nf4LinearInto(x, *meta(rows, in_features), out)))
     assert [launch.name for launch in launches] == names
     compiled = [aot.compile_launch(launch, capability) for launch in launches]
     for kernel in compiled:
@@ -325,7 +325,7 @@ def test_words_are_read_where_they_are_aligned(monkeypatch: pytest.MonkeyPatch) 
     packed, *rest = meta((64,), 64)
     for offset, lookup in ((0, "prmt"), (32, "prmt"), (2, "gather")):
         view = torch.empty(len(packed) + offset, dtype=torch.uint8, device="meta")[offset:]
-        launches = aot.record(monkeypatch, lambda view=view: kernels().linear_(x, view, *rest, out))
+        launches = aot.record(monkeypatch, lambda view=view: kernels().linear_(Nf4LinearInto(x, view, *rest, out)))
         assert launches[0].keywords["LOOKUP"] == lookup
 
 
@@ -339,7 +339,8 @@ def test_compiles_the_lookup_by_shuffles(monkeypatch: pytest.MonkeyPatch, capabi
     monkeypatch.setattr(linear(), "tiling", lambda *_: tiling)
     x = torch.empty(64, 4096, dtype=dtype, device="meta")
     out = torch.empty(64, 6144, dtype=dtype, device="meta")
-    launches = aot.record(monkeypatch, lambda: kernels().linear_(x, *meta((4096, 1024, 1024), 4096), out))
+    call = Nf4LinearInto(x, *meta((4096, 1024, 1024), 4096), out)
+    launches = aot.record(monkeypatch, lambda: kernels().linear_(call))
     aot.compile_launch(launches[0], capability).check(capability)
 
 
@@ -352,8 +353,9 @@ def test_compiles_the_dequantization(monkeypatch: pytest.MonkeyPatch, capability
     out = torch.empty(1024, in_features, dtype=torch.bfloat16, device="meta")
     panel = torch.empty(6144, 1920, dtype=torch.bfloat16, device="meta")
     storage = meta(rows, in_features)
-    launches = aot.record(monkeypatch, lambda: kernels().dequantize_(*storage, in_features, 100, out))
-    launches += aot.record(monkeypatch, lambda: kernels().dequantize_columns_(*storage, in_features, 1920, panel))
+    launches = aot.record(monkeypatch, lambda: kernels().dequantize_(Nf4Dequantize(*storage, in_features, 100, out)))
+    columns = Nf4DequantizeColumns(*storage, in_features, 1920, panel)
+    launches += aot.record(monkeypatch, lambda: kernels().dequantize_columns_(columns))
     assert [launch.name for launch in launches] == ["_dequantize_kernel", "_dequantize_columns_kernel"]
     for kernel in [aot.compile_launch(launch, capability) for launch in launches]:
         kernel.check(capability)

@@ -177,9 +177,8 @@ def lora_case(name: str, rows: int, columns: int, tokens: int, device: torch.dev
     base = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
     out = torch.empty_like(y)
 
-    apply_ = torch.ops.lorasrv.lora_apply_
-    if device.type == "cpu":
-        from lorasrv_kernels.lora.triton_kernels import lora_apply_ as apply_
+    on_cuda = operators.versions["lora_apply_", "CUDA"]
+    apply_ = on_cuda if device.type == "cpu" else torch.ops.lorasrv.lora_apply_
     tensors = batch.rows, batch.weights, batch.tile_slots, batch.tile_starts, batch.base_rows
 
     def apply(index: int, *, exact: bool = False) -> None:

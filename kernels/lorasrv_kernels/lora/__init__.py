@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lorasrv_kernels.batch import SlotBatch
-from lorasrv_kernels.lora import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.lora import op
 
 __all__ = ["lora_apply_", "lora_embed_"]
 
@@ -43,7 +42,7 @@ def lora_apply_(
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.lora_apply_(
+    op.lora_apply_(
         y,
         x,
         arena,
@@ -77,7 +76,7 @@ def lora_embed_(y: Tensor, tokens: Tensor, arena: Tensor, table: Tensor, *, slot
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.lora_embed_(
+    op.lora_embed_(
         y,
         tokens,
         arena,

@@ -2,13 +2,14 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, isa_in_use
+from lorasrv_kernels.lora.reference import LoraApply
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -21,31 +22,18 @@ _ARGUMENTS = (
 )
 
 
-def lora_apply_(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    out_features: Sequence[int],
-    rows: Tensor,
-    weights: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-    base_rows: Tensor,
-    bias: Tensor | None,
-    *,
-    isa: Isa | None = None,
-) -> bool:
+def lora_apply_(call: LoraApply, *, isa: Isa | None = None) -> bool:
     """The update in place, as `lorasrv_kernels.lora.lora_apply_` states it.
 
     Args:
-        y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and y untouched, where there is no native version: library not built, neither float32 nor bfloat16,
         columns of y or of the table that are not contiguous, or a batch that is not laid out as `SlotBatch` does.
     """
+    y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, *_ = call
     function, dtype = _function(), _DTYPES.get(y.dtype)
     if function is None or dtype is None or y.stride(1) != 1 or table.stride(2) != 1:
         return False

@@ -9,6 +9,7 @@ on I and R alone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,44 @@ from lorasrv_kernels.table import ABSENT, Column, floats_at, matrix_at
 from lorasrv_kernels.workspace import thread_workspace
 
 
-def lora_apply_(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    out_features: Sequence[int],
-    rows: Tensor,
-    weights: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-    base_rows: Tensor,
-    bias: Tensor | None,
-) -> None:
+class LoraApply(NamedTuple):
+    """Arguments of `lora_apply_`: E entries of rows in K tiles, as `SlotBatch` states them."""
+
+    y: Tensor  # [T, O]
+    x: Tensor  # [T, I]
+    arena: Tensor  # [N]
+    table: Tensor  # [S, G, 8] int64
+    out_features: Sequence[int]
+    rows: Tensor  # [E] int64
+    weights: Tensor  # [E]
+    tile_slots: Tensor  # [K]
+    tile_starts: Tensor  # [K + 1]
+    base_rows: Tensor  # [T'] int64
+    bias: Tensor | None  # [O]
+    max_rank: int = 0
+    composed: bool = False
+    exact: bool = True
+
+
+class LoraEmbed(NamedTuple):
+    """Arguments of `lora_embed_`."""
+
+    y: Tensor  # [T, O]
+    tokens: Tensor  # [T] int64
+    arena: Tensor  # [N]
+    table: Tensor  # [S, 8] int64
+    rows: Tensor  # [E] int64
+    weights: Tensor  # [E]
+    tile_slots: Tensor  # [K]
+    tile_starts: Tensor  # [K + 1]
+    base_rows: Tensor  # [T'] int64
+    composed: bool = False
+    exact: bool = True
+
+
+def lora_apply_(call: LoraApply) -> None:
     """See `lorasrv_kernels.lora.lora_apply_`."""
+    y, x, arena, table, out_features, rows, weights, tile_slots, tile_starts, base_rows, bias, *_ = call
     entries = table.tolist()
     starts = tile_starts.tolist()
     x_tile = _padded_tile("lora.x_tile", x.shape[1], x.device)
@@ -49,17 +74,9 @@ def lora_apply_(
         y[base_rows[base_rows != NO_ROW]] += bias
 
 
-def lora_embed_(
-    y: Tensor,
-    tokens: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-) -> None:
+def lora_embed_(call: LoraEmbed) -> None:
     """See `lorasrv_kernels.lora.lora_embed_`."""
+    y, tokens, arena, table, rows, weights, tile_slots, tile_starts, *_ = call
     entries = table.tolist()
     starts = tile_starts.tolist()
     for tile, slot in enumerate(tile_slots.tolist()):

@@ -11,7 +11,6 @@ no tensor core; tiles of several rows are multiplied as before, so that a row's 
 Importing this module imports Triton.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorasrv_kernels.batch import TILE_ROWS
+from lorasrv_kernels.lora.reference import LoraApply, LoraEmbed
 from lorasrv_kernels.lora.triton_rows import shrink_row
 from lorasrv_kernels.lora.triton_tiles import expand_tile
 from lorasrv_kernels.table import Column
@@ -251,43 +251,27 @@ _INTERPRETED = not isinstance(shrink, triton.JITFunction)
 """The interpreter computes bfloat16 wrongly without saying so, and gets everything in float32."""
 
 
-def lora_apply_(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    out_features: Sequence[int],
-    rows: Tensor,
-    weights: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-    base_rows: Tensor,
-    bias: Tensor | None,
-    max_rank: int = 0,
-    composed: bool = False,
-    exact: bool = True,
-    *,
-    tiling: Tiling = TILING,
-) -> None:
+def lora_apply_(call: LoraApply, *, tiling: Tiling = TILING) -> None:
     """See `lorasrv_kernels.lora.lora_apply_`. Arguments as the op takes them, on one CUDA device."""
-    table = _with_plain_columns(table)
-    num_tiles, num_entries = len(tile_slots), len(rows)
-    in_features, num_slices = x.shape[1], len(out_features)
+    x, max_rank = call.x, call.max_rank
+    table = _with_plain_columns(call.table)
+    num_tiles, num_entries = len(call.tile_slots), len(call.rows)
+    in_features, num_slices = x.shape[1], len(call.out_features)
     plane = tiling.plane(in_features)
     num_planes = -(-in_features // plane)
     if num_tiles:
         max_rank = max_rank or int(table[:, :, Column.RANK].max())
     # a fresh tensor, so that a captured graph owns it
-    shrunk = y.new_empty((num_planes, num_entries, num_slices, max_rank), dtype=torch.float32)
+    shrunk = x.new_empty((num_planes, num_entries, num_slices, max_rank), dtype=torch.float32)
     if num_tiles and max_rank:
         shrink[num_tiles, num_planes, num_slices](
             shrunk,
             x,
-            arena,
+            call.arena,
             table,
-            rows,
-            tile_slots,
-            tile_starts,
+            call.rows,
+            call.tile_slots,
+            call.tile_starts,
             num_entries,
             num_slices,
             max_rank,
@@ -300,34 +284,17 @@ def lora_apply_(
             BLOCK_R=tiling.block_r,
             ROW_BLOCK_I=tiling.row_block_i,
             FLOAT32=_INTERPRETED,
-            EXACT=exact,
+            EXACT=call.exact,
             num_warps=tiling.shrink_warps,
             num_stages=tiling.shrink_stages,
         )
-    slots = (rows, weights, tile_slots, tile_starts, base_rows)
-    route = (composed, exact)
-    _expand(y, shrunk, arena, table, slots, route, bias, max_rank, tuple(out_features), num_planes, tiling)
+    _expand(call, shrunk, table, call.bias, max_rank, tuple(call.out_features), num_planes, tiling)
 
 
-def lora_embed_(
-    y: Tensor,
-    tokens: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-    base_rows: Tensor,
-    composed: bool = False,
-    exact: bool = True,
-    *,
-    tiling: Tiling = TILING,
-) -> None:
+def lora_embed_(call: LoraEmbed, *, tiling: Tiling = TILING) -> None:
     """See `lorasrv_kernels.lora.lora_embed_`. Arguments as the op takes them, on one CUDA device."""
-    table = _with_plain_columns(table)[:, None]
-    slots = (rows, weights, tile_slots, tile_starts, base_rows)
-    _expand(y, tokens.contiguous(), arena, table, slots, (composed, exact), None, 0, (y.shape[1],), 0, tiling)
+    table = _with_plain_columns(call.table)[:, None]
+    _expand(call, call.tokens.contiguous(), table, None, 0, (call.y.shape[1],), 0, tiling)
 
 
 def _with_plain_columns(table: Tensor) -> Tensor:
@@ -335,39 +302,38 @@ def _with_plain_columns(table: Tensor) -> Tensor:
 
 
 def _expand(
-    y: Tensor,
+    call: LoraApply | LoraEmbed,
     source: Tensor,
-    arena: Tensor,
     table: Tensor,
-    slots: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    route: tuple[bool, bool],
     bias: Tensor | None,
     max_rank: int,
     out_features: tuple[int, ...],
     num_planes: int,
     tiling: Tiling,
 ) -> None:
-    """`source` is of an embedding if `num_planes` is 0; `route`: composed, exact."""
-    composed, exact = route
-    _, _, tile_slots, _, base_rows = slots
-    num_base_rows = 0 if bias is None else len(base_rows)
-    num_tiles = len(tile_slots) + -(-num_base_rows // TILE_ROWS)
+    """`source` is of an embedding if `num_planes` is 0."""
+    num_base_rows = 0 if bias is None else len(call.base_rows)
+    num_tiles = len(call.tile_slots) + -(-num_base_rows // TILE_ROWS)
     num_blocks = sum(-(-width // tiling.block_o) for width in out_features)
     if not num_tiles or not num_blocks:
         return
     # rows of several slots are read and written by several tiles, which then must not run at the same time
-    expand[1 if composed else num_tiles, num_blocks](
-        y,
+    expand[1 if call.composed else num_tiles, num_blocks](
+        call.y,
         source,
-        arena,
+        call.arena,
         table,
-        *slots,
+        call.rows,
+        call.weights,
+        call.tile_slots,
+        call.tile_starts,
+        call.base_rows,
         None if bias is None else bias.contiguous(),
-        len(tile_slots),
-        len(slots[0]),
+        len(call.tile_slots),
+        len(call.rows),
         num_base_rows,
         max_rank,
-        *y.stride(),
+        *call.y.stride(),
         *table.stride()[:2],
         OUT_FEATURES=out_features,
         NUM_PLANES=num_planes,
@@ -375,8 +341,8 @@ def _expand(
         TILE_ROWS=TILE_ROWS,
         BLOCK_R=tiling.block_r,
         BLOCK_O=tiling.block_o,
-        PRECISION="ieee" if arena.dtype == torch.float32 else "tf32x3",
-        EXACT=exact,
+        PRECISION="ieee" if call.arena.dtype == torch.float32 else "tf32x3",
+        EXACT=call.exact,
         num_warps=tiling.expand_warps,
         num_stages=tiling.expand_stages,
     )

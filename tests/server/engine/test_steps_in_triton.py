@@ -9,7 +9,6 @@ from lorasrv_kernels import operators
 from lorasrv_kernels.attention import op as attention
 from lorasrv_kernels.cpu.decoder import NativeDecoder
 from lorasrv_kernels.dense import op as dense
-from lorasrv_kernels.lora import op as lora
 from lorasrv_kernels.rowwise import op as rowwise
 from random_llama import TINY, random_adapter, random_llama
 from recorded_graph import RecordedGraph
@@ -21,7 +20,7 @@ ON_CUDA = {
     "store_kv_": attention._store_cuda,
     "paged_attention": attention._attention_cuda,
     "dense_linear_": dense._dense_linear_cuda_,
-    "lora_apply_": lora._apply_cuda,
+    "lora_apply_": operators.versions["lora_apply_", "CUDA"],
     "nf4_dequantize_": operators.versions["nf4_dequantize_", "CUDA"],
     "nf4_linear_": operators.versions["nf4_linear_", "CUDA"],
     "rms_norm": rowwise._norm_cuda,
