@@ -77,7 +77,9 @@ def row(
         return paged_attention(q, cache, batch, scale=scale)
 
     def specification() -> Tensor:
-        return reference.paged_attention(q, cache, batch.block_tables, batch.tiles, tile, scale, 0)
+        return reference.paged_attention(
+            reference.PagedAttention(q, cache, batch.block_tables, batch.tiles, tile, scale, 0)
+        )
 
     wanted = exact(q, k, v, num_sequences)
     for run in (op, specification):

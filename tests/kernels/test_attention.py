@@ -17,6 +17,7 @@ from lorasrv_kernels.attention import (
     store_kv_,
     tile_tokens,
 )
+from lorasrv_kernels.attention.reference import PagedAttention, StoreKv
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from torch import Tensor
 
@@ -26,12 +27,16 @@ WINDOWS = [0, 1, 7, 40, 64]
 Attend = Callable[[Tensor, Tensor, AttentionBatch, float, int], Tensor]
 
 
+def call_of(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, window: int) -> PagedAttention:
+    return PagedAttention(q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window)
+
+
 def by_reference(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, window: int) -> Tensor:
-    return reference.paged_attention(q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window)
+    return reference.paged_attention(call_of(q, cache, batch, scale, window))
 
 
 def natively(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, window: int, *, isa: Isa) -> Tensor:
-    out = native.paged_attention(q, cache, batch.block_tables, batch.tiles, scale, window, isa=isa)
+    out = native.paged_attention(call_of(q, cache, batch, scale, window), isa=isa)
     assert out is not None
     return out
 
@@ -225,7 +230,7 @@ def test_what_lies_apart_in_memory_is_read_and_stored(dtype: torch.dtype) -> Non
     batch = AttentionBatch.from_spans([Span(start=0, num_tokens=3, block_table=[1])], tile_tokens=8)
     layers = torch.full((2, 3, 2, 2, BLOCK_TOKENS, 16), torch.nan).to(dtype)
     expected = torch.full((2, 2, 2, BLOCK_TOKENS, 16), torch.nan).to(dtype)
-    reference.store_kv_(expected, k, v, batch.slot_mapping)
+    reference.store_kv_(StoreKv(expected, k, v, batch.slot_mapping))
     store_kv_(layers[:, 1], k, v, batch)
     assert torch.equal(layers[:, 1].nan_to_num(7.0), expected.nan_to_num(7.0))
     assert layers[:, [0, 2]].isnan().all()
@@ -273,7 +278,7 @@ def test_every_breach_of_the_contract_is_named() -> None:
 @pytest.mark.parametrize("store", [reference.store_kv_, native.store_kv_], ids=["reference", "native"])
 def test_a_token_without_a_place_is_not_stored(store: Callable[..., object]) -> None:
     cache = torch.zeros(2, 2, 1, BLOCK_TOKENS, 16)
-    kept = store(cache, torch.ones(3, 1, 16), torch.ones(3, 1, 16), torch.tensor([3, -1, 40]))
+    kept = store(StoreKv(cache, torch.ones(3, 1, 16), torch.ones(3, 1, 16), torch.tensor([3, -1, 40])))
     if kept is False:
         pytest.skip("the native library is not built")
     assert cache.sum() == 2 * 2 * 16

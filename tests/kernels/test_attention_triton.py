@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
-from lorasrv_kernels import triton_modules
-from lorasrv_kernels.attention import BLOCK_TOKENS, SPLIT_BLOCKS, AttentionBatch, Span, op, reference, tile_tokens
+from lorasrv_kernels import operators, triton_modules
+from lorasrv_kernels.attention import BLOCK_TOKENS, SPLIT_BLOCKS, AttentionBatch, Span, reference, tile_tokens
+from lorasrv_kernels.attention.reference import PagedAttention, StoreKv
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -60,14 +61,15 @@ class Step:
         self.q = torch.randn(num_tokens, num_heads, head_size, generator=generator).to(device, dtype)
         self.cache = cache.to(device, dtype)
 
-    def arguments(self, window: int) -> tuple[Any, ...]:
+    def call(self, window: int, split_blocks: int = SPLIT_BLOCKS) -> PagedAttention:
         batch = self.batch
         scale = self.q.shape[-1] ** -0.5
-        return self.q, self.cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window
+        tables = (batch.block_tables, batch.tiles, batch.tile_tokens)
+        return PagedAttention(self.q, self.cache, *tables, scale, window, split_blocks)
 
     def check(self, window: int, *, split_blocks: int = SPLIT_BLOCKS) -> Tensor:
-        actual: Tensor = kernels().paged_attention(*self.arguments(window), split_blocks)
-        expected = reference.paged_attention(*self.arguments(window))
+        actual: Tensor = kernels().paged_attention(self.call(window, split_blocks))
+        expected = reference.paged_attention(self.call(window))
         tolerance = TOLERANCES[actual.dtype]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         return actual
@@ -103,7 +105,7 @@ def test_a_table_wider_than_its_sequences_changes_no_bit(triton_device: torch.de
     expected = step.check(0, split_blocks=2)
     tables = step.batch.block_tables
     step.batch = replace(step.batch, block_tables=torch.cat([tables, tables.new_full((len(tables), 9), 1 << 30)], 1))
-    actual = kernels().paged_attention(*step.arguments(0), 2)
+    actual = kernels().paged_attention(step.call(0, 2))
     assert torch.equal(actual, expected)
 
 
@@ -144,9 +146,8 @@ def test_chunks_and_neighbours_change_no_bit(triton_device: torch.device, dtype:
             tile_tokens=together.batch.tile_tokens,
             device=triton_device,
         )
-        alone = kernels().paged_attention(
-            rows, together.cache, batch.block_tables, batch.tiles, batch.tile_tokens, 48**-0.5, window, 1
-        )
+        tables = (batch.block_tables, batch.tiles, batch.tile_tokens)
+        alone = kernels().paged_attention(PagedAttention(rows, together.cache, *tables, 48**-0.5, window, 1))
         assert torch.equal(alone, expected[8:24])
 
 
@@ -155,13 +156,13 @@ def test_a_tile_of_no_tokens_writes_nothing(triton_device: torch.device) -> None
     step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
     expected = step.check(0, split_blocks=1)
     step.batch.tiles.resize_(len(step.batch.tiles) + 2, 4)[-2:] = 0
-    assert torch.equal(kernels().paged_attention(*step.arguments(0), 1), expected)
+    assert torch.equal(kernels().paged_attention(step.call(0, 1)), expected)
 
 
 @pytest.mark.gpu
 def test_no_sequences(triton_device: torch.device) -> None:
     step = Step([], heads=(4, 2), dtype=torch.float32, device=triton_device)
-    assert kernels().paged_attention(*step.arguments(0), 2).shape == (0, 4, 48)
+    assert kernels().paged_attention(step.call(0, 2)).shape == (0, 4, 48)
     kernels().store_kv_(step.cache, step.q[:, :2], step.q[:, :2], step.batch.slot_mapping)
 
 
@@ -177,8 +178,8 @@ def test_keys_and_values_are_stored(triton_device: torch.device, dtype: torch.dt
     # two layers, of which one is written, with the lanes of a head apart
     cache = torch.full((3, 2, 2, heads, head_size, BLOCK_TOKENS), torch.nan, device=triton_device).to(dtype)
     expected, layer = cache.clone(), cache[:, 1].transpose(3, 4)
-    reference.store_kv_(expected[:, 1].transpose(3, 4), k, v, slots)
-    kernels().store_kv_(layer, k, v, slots)
+    reference.store_kv_(StoreKv(expected[:, 1].transpose(3, 4), k, v, slots))
+    kernels().store_kv_(StoreKv(layer, k, v, slots))
     assert torch.equal(cache.isnan(), expected.isnan())
     assert torch.equal(cache.nan_to_num(), expected.nan_to_num())
     assert int(cache.isnan().logical_not().sum()) == 5 * 2 * heads * head_size
@@ -189,8 +190,9 @@ def test_the_op_is_registered_for_cuda(triton_device: torch.device) -> None:
     for name in ("paged_attention", "store_kv_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasrv::{name}", "CUDA")
     step = Step([(40, 5)], heads=(4, 2), dtype=torch.float32, device=triton_device)
-    assert torch.equal(op._attention_cuda(*step.arguments(0), 2), step.check(0))
-    op._store_cuda(step.cache, step.q[:, :2], step.q[:, 2:], step.batch.slot_mapping)
+    assert torch.equal(operators.versions["paged_attention", "CUDA"](*step.call(0, 2)), step.check(0))
+    store = operators.versions["store_kv_", "CUDA"]
+    store(step.cache, step.q[:, :2], step.q[:, 2:], step.batch.slot_mapping)
     slot = int(step.batch.slot_mapping[0])
     assert torch.equal(step.cache[slot // BLOCK_TOKENS, 1, :, slot % BLOCK_TOKENS], step.q[0, 2:])
 
@@ -230,8 +232,8 @@ def test_compiles(
         q = torch.empty(num_tokens, 32, head_size, dtype=torch.bfloat16)
         cache = torch.empty(100, 2, 8, BLOCK_TOKENS, head_size, dtype=torch.bfloat16)
         tables, tiles = (torch.empty(num_tokens, width, dtype=torch.int32) for width in (blocks, 4))
-    arguments = q, cache, tables, tiles, tile_tokens(32, 8), head_size**-0.5, window, 8
-    launches = aot.record(monkeypatch, lambda: kernels().paged_attention(*arguments))
+    call = PagedAttention(q, cache, tables, tiles, tile_tokens(32, 8), head_size**-0.5, window, 8)
+    launches = aot.record(monkeypatch, lambda: kernels().paged_attention(call))
     assert [launch.grid for launch in launches] == grids
     compiled = [aot.compile_launch(launch, capability) for launch in launches]
     for kernel in compiled:

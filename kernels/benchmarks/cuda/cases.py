@@ -220,9 +220,8 @@ def attention_case(heads: int, size: int, sequences: int, length: int, device: t
     caches = [cache, *(cache.clone() for _ in range(num_copies(cache.nbytes, device) - 1))]
     pairs = [(k, v), *((k.clone(), v.clone()) for _ in caches[1:])]
 
-    attend = torch.ops.lorasrv.paged_attention
-    if device.type == "cpu":
-        from lorasrv_kernels.attention.triton_kernels import paged_attention as attend
+    on_cuda = operators.versions["paged_attention", "CUDA"]
+    attend = on_cuda if device.type == "cpu" else torch.ops.lorasrv.paged_attention
 
     def ours(index: int) -> Tensor:
         return attend(q, caches[index], batch.block_tables, batch.tiles, batch.tile_tokens, size**-0.5, 0)

@@ -1,9 +1,8 @@
 """Causal attention over a paged KV cache: decode and chunked prefill in one call."""
 
-import torch
 from torch import Tensor
 
-from lorasrv_kernels.attention import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.attention import op
 from lorasrv_kernels.attention.batch import BLOCK_TOKENS, SPLIT_BLOCKS, AttentionBatch, Span, split_blocks, tile_tokens
 
 __all__ = [
@@ -29,7 +28,7 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> Non
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.store_kv_(cache, k, v, batch.slot_mapping)
+    op.store_kv_(cache, k, v, batch.slot_mapping)
 
 
 def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: float, window: int = 0) -> Tensor:
@@ -48,7 +47,6 @@ def paged_attention(q: Tensor, cache: Tensor, batch: AttentionBatch, *, scale: f
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.paged_attention(
+    return op.paged_attention(
         q, cache, batch.block_tables, batch.tiles, batch.tile_tokens, scale, window, batch.split_blocks
     )
-    return result

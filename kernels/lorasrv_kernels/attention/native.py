@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.attention.reference import PagedAttention, StoreKv
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, isa_in_use
 
@@ -27,13 +28,14 @@ _STORE_ARGUMENTS = (
 )
 
 
-def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> bool:
+def store_kv_(call: StoreKv) -> bool:
     """Writes keys and values, as `lorasrv_kernels.attention.store_kv_` states it.
 
     Returns:
         False, and the cache untouched, where there is no native version: library not built, or heads that are not
         contiguous.
     """
+    cache, k, v, slot_mapping = call
     functions = _functions()
     if functions is None or not cache.stride(4) == k.stride(2) == v.stride(2) == 1:
         return False
@@ -52,26 +54,18 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> bool
     return True
 
 
-def paged_attention(
-    q: Tensor,
-    cache: Tensor,
-    block_tables: Tensor,
-    tiles: Tensor,
-    scale: float,
-    window: int,
-    *,
-    isa: Isa | None = None,
-) -> Tensor | None:
+def paged_attention(call: PagedAttention, *, isa: Isa | None = None) -> Tensor | None:
     """Attention, as `lorasrv_kernels.attention.paged_attention` states it.
 
     Args:
-        q, cache, block_tables, tiles, scale, window: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         [T, H, D]; None where there is no native version: library not built, neither float32 nor bfloat16, a cache
         whose heads are not contiguous, or tables that are not laid out as `AttentionBatch` does.
     """
+    q, cache, block_tables, tiles, _, scale, window, _ = call
     functions, dtype = _functions(), _DTYPES.get(q.dtype)
     if functions is None or dtype is None or cache.stride(4) != 1:
         return None

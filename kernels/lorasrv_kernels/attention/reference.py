@@ -6,14 +6,39 @@ bit, so that decode, prefill and every way of chunking give the same row; a tile
 the windows of all its rows. Tiles have a fixed number of rows for the same reason.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.attention.batch import BLOCK_TOKENS
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS, SPLIT_BLOCKS
 
 
-def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+class StoreKv(NamedTuple):
+    """Arguments of `store_kv_`."""
+
+    cache: Tensor  # [P, 2, Hkv, 32, D]
+    k: Tensor  # [T, Hkv, D]
+    v: Tensor  # [T, Hkv, D]
+    slot_mapping: Tensor  # [T] int64
+
+
+class PagedAttention(NamedTuple):
+    """Arguments of `paged_attention`: the tables and tiles of an `AttentionBatch`."""
+
+    q: Tensor  # [T, H, D]
+    cache: Tensor  # [P, 2, Hkv, 32, D]
+    block_tables: Tensor  # [N, P]
+    tiles: Tensor  # [K, 4]
+    tile_tokens: int
+    scale: float
+    window: int
+    split_blocks: int = SPLIT_BLOCKS
+
+
+def store_kv_(call: StoreKv) -> None:
     """See `lorasrv_kernels.attention.store_kv_`."""
+    cache, k, v, slot_mapping = call
     stored = slot_mapping >= 0
     k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
     block, offset = slot_mapping // BLOCK_TOKENS, slot_mapping % BLOCK_TOKENS
@@ -21,10 +46,9 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None
     cache[block, 1, :, offset] = v
 
 
-def paged_attention(
-    q: Tensor, cache: Tensor, block_tables: Tensor, tiles: Tensor, tile_tokens: int, scale: float, window: int
-) -> Tensor:
+def paged_attention(call: PagedAttention) -> Tensor:
     """See `lorasrv_kernels.attention.paged_attention`."""
+    q, cache, block_tables, tiles, tile_tokens, scale, window, _ = call
     num_heads, head_size = q.shape[1:]
     num_kv_heads = cache.shape[2]
     group = num_heads // num_kv_heads

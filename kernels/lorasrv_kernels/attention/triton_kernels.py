@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorasrv_kernels.attention.batch import BLOCK_TOKENS, SPLIT_BLOCKS
+from lorasrv_kernels.attention.batch import BLOCK_TOKENS
+from lorasrv_kernels.attention.reference import PagedAttention, StoreKv
 
 NUM_WARPS = 4
 """Untuned, as are the numbers below: nothing has been measured on a GPU yet."""
@@ -37,8 +38,9 @@ MIN_ROWS = 16
 """Fewest rows of a product on a tensor core."""
 
 
-def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_(call: StoreKv) -> None:
     """See `lorasrv_kernels.attention.store_kv_`."""
+    cache, k, v, slot_mapping = call
     num_tokens, num_kv_heads, head_size = k.shape
     if not k.numel():
         return
@@ -59,17 +61,9 @@ def store_kv_(cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None
     )
 
 
-def paged_attention(
-    q: Tensor,
-    cache: Tensor,
-    block_tables: Tensor,
-    tiles: Tensor,
-    tile_tokens: int,
-    scale: float,
-    window: int,
-    split_blocks: int = SPLIT_BLOCKS,
-) -> Tensor:
+def paged_attention(call: PagedAttention) -> Tensor:
     """See `lorasrv_kernels.attention.paged_attention`; a tile of no tokens costs nothing and writes nothing."""
+    q, cache, block_tables, tiles, tile_tokens, scale, window, split_blocks = call
     # contiguous, whatever the strides of q
     result = q.new_empty(q.shape)
     num_heads, head_size = q.shape[1:]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from interpreter import INTERPRETING, run_interpreted
 from lorasrv_kernels import operators
-from lorasrv_kernels.attention import op as attention
 from lorasrv_kernels.cpu.decoder import NativeDecoder
 from lorasrv_kernels.dense import op as dense
 from lorasrv_kernels.rowwise import op as rowwise
@@ -17,8 +16,8 @@ from stepped_serving import Served, make_requests, serve
 pytest.importorskip("triton")
 
 ON_CUDA = {
-    "store_kv_": attention._store_cuda,
-    "paged_attention": attention._attention_cuda,
+    "store_kv_": operators.versions["store_kv_", "CUDA"],
+    "paged_attention": operators.versions["paged_attention", "CUDA"],
     "dense_linear_": dense._dense_linear_cuda_,
     "lora_apply_": operators.versions["lora_apply_", "CUDA"],
     "nf4_dequantize_": operators.versions["nf4_dequantize_", "CUDA"],
