@@ -1,10 +1,9 @@
 """Weights of which an adapter has rows of its own: embedding, output head and norms, each token row with its slot's."""
 
-import torch
 from torch import Tensor
 
 from lorasrv_kernels.batch import SlotBatch
-from lorasrv_kernels.replacement import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.replacement import op
 
 __all__ = ["replaced_embedding", "replaced_linear", "replaced_scale_"]
 
@@ -22,10 +21,7 @@ def replaced_embedding(tokens: Tensor, weight: Tensor, arena: Tensor, table: Ten
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.replaced_embedding(
-        tokens, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts
-    )
-    return result
+    return op.embedding(tokens, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts)
 
 
 def replaced_linear(x: Tensor, weight: Tensor, arena: Tensor, table: Tensor, *, slots: SlotBatch) -> Tensor:
@@ -43,10 +39,7 @@ def replaced_linear(x: Tensor, weight: Tensor, arena: Tensor, table: Tensor, *, 
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.replaced_linear(
-        x, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts
-    )
-    return result
+    return op.linear(x, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts)
 
 
 def replaced_scale_(y: Tensor, weight: Tensor, arena: Tensor, table: Tensor, *, slots: SlotBatch) -> None:
@@ -62,4 +55,4 @@ def replaced_scale_(y: Tensor, weight: Tensor, arena: Tensor, table: Tensor, *, 
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.replaced_scale_(y, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts)
+    op.scale_(y, weight, arena, table, slots.rows, slots.tile_slots, slots.tile_starts)

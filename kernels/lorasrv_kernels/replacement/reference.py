@@ -12,6 +12,7 @@ bits do not depend on how many share its weight.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +21,24 @@ from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.table import ABSENT, Column, ids_at, matrix_at
 
 
-def embedding_(
-    out: Tensor,
-    tokens: Tensor,
-    weight: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-) -> None:
+class Replaced(NamedTuple):
+    """Arguments of each of the three ops: E entries of rows in K tiles, as `SlotBatch` states them."""
+
+    x: Tensor
+    """Tokens [T] int64 of an embedding, [T, I] of a linear layer, [T, ..., I] of a scale, which changes it."""
+    weight: Tensor  # [V, O], [O, I] or [I]
+    arena: Tensor  # [N]
+    table: Tensor  # [S, 8] int64
+    rows: Tensor  # [E] int64
+    tile_slots: Tensor  # [K]
+    tile_starts: Tensor  # [K + 1]
+
+
+def embedding(call: Replaced) -> Tensor:
     """See `lorasrv_kernels.replacement.replaced_embedding`."""
-    torch.index_select(weight, 0, tokens, out=out)
-    for entry, slot_rows in _replacing(table, rows, tile_slots, tile_starts):
+    tokens, weight, arena = call.x, call.weight, call.arena
+    out = torch.index_select(weight, 0, tokens)
+    for entry, slot_rows in _replacing(call):
         own = matrix_at(arena, entry[Column.ROWS], entry[Column.NUM_ROWS], weight.shape[1])
         if entry[Column.ROW_IDS] == ABSENT:
             out[slot_rows] = own[tokens[slot_rows]]
@@ -41,20 +47,14 @@ def embedding_(
         places = torch.searchsorted(ids, tokens[slot_rows].int()).clamp_(max=len(ids) - 1)
         found = ids[places] == tokens[slot_rows]
         out[slot_rows[found]] = own[places[found]]
+    return out
 
 
-def linear_(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    tile_slots: Tensor,
-    tile_starts: Tensor,
-) -> None:
+def linear(call: Replaced) -> Tensor:
     """See `lorasrv_kernels.replacement.replaced_linear`."""
-    replacing = list(_replacing(table, rows, tile_slots, tile_starts))
+    x, weight, arena = call.x, call.weight, call.arena
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    replacing = list(_replacing(call))
     whole = [slot_rows for entry, slot_rows in replacing if entry[Column.ROW_IDS] == ABSENT]
     with_base = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     for slot_rows in whole:
@@ -71,28 +71,26 @@ def linear_(
         else:
             ids = ids_at(arena, entry[Column.ROW_IDS], entry[Column.NUM_ROWS]).long()
             out[slot_rows[:, None], ids] = product
+    return out
 
 
-def scale_(
-    y: Tensor, weight: Tensor, arena: Tensor, table: Tensor, rows: Tensor, tile_slots: Tensor, tile_starts: Tensor
-) -> None:
+def scale_(call: Replaced) -> None:
     """See `lorasrv_kernels.replacement.replaced_scale_`."""
+    y, weight, arena = call.x, call.weight, call.arena
     own = [
         (slot_rows, y[slot_rows] * matrix_at(arena, entry[Column.ROWS], 1, weight.shape[0])[0])
-        for entry, slot_rows in _replacing(table, rows, tile_slots, tile_starts)
+        for entry, slot_rows in _replacing(call)
     ]
     y.mul_(weight)
     for slot_rows, scaled in own:
         y[slot_rows] = scaled
 
 
-def _replacing(
-    table: Tensor, rows: Tensor, tile_slots: Tensor, tile_starts: Tensor
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+def _replacing(call: Replaced) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The table's row and the token rows of every slot of the batch that replaces something."""
-    entries = table.tolist()
-    starts = tile_starts.tolist()
-    for slot, tiles in groupby(enumerate(tile_slots.tolist()), key=lambda tile: tile[1]):
+    entries = call.table.tolist()
+    starts = call.tile_starts.tolist()
+    for slot, tiles in groupby(enumerate(call.tile_slots.tolist()), key=lambda tile: tile[1]):
         indices = [index for index, _ in tiles]
         if entries[slot][Column.ROWS] != ABSENT:
-            yield entries[slot], rows[starts[indices[0]] : starts[indices[-1] + 1]]
+            yield entries[slot], call.rows[starts[indices[0]] : starts[indices[-1] + 1]]
