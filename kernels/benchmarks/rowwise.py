@@ -51,21 +51,22 @@ def candidates(tokens: int, dtype: torch.dtype) -> list[tuple[str, Run, Run]]:
     gate, up = torch.randn(tokens, 2 * 8192).to(dtype).chunk(2, dim=1)
     turned, expected = heads.clone(), heads.clone()
     rotate_(turned, angles)
-    reference.rotate_(expected, angles)
+    reference.rotate_(reference.Rotate(expected, angles))
     # one rounding to the dtype may fall the other way
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     hidden, weight = torch.randn(tokens, 2048).to(dtype), torch.randn(2048).to(dtype)
-    normed = rms_norm(hidden, weight, 1e-5), reference.rms_norm(hidden, weight, 1e-5)
-    product, specified = silu_mul(gate, up), reference.silu_mul(gate, up)
+    norm_call, silu_call = reference.RmsNorm(hidden, weight, 1e-5), reference.SiluMul(gate, up)
+    normed = rms_norm(hidden, weight, 1e-5), reference.rms_norm(norm_call)
+    product, specified = silu_mul(gate, up), reference.silu_mul(silu_call)
     pairs = (normed, (product, specified))
     if not torch.equal(turned, expected) or not all(
         torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in pairs
     ):
         raise SystemExit("an op and its reference differ; no timing")
     return [
-        ("rms_norm", lambda: rms_norm(hidden, weight, 1e-5), lambda: reference.rms_norm(hidden, weight, 1e-5)),
-        ("rotate_", lambda: rotate_(heads, angles), lambda: reference.rotate_(heads, angles)),
-        ("silu_mul", lambda: silu_mul(gate, up), lambda: reference.silu_mul(gate, up)),
+        ("rms_norm", lambda: rms_norm(hidden, weight, 1e-5), lambda: reference.rms_norm(norm_call)),
+        ("rotate_", lambda: rotate_(heads, angles), lambda: reference.rotate_(reference.Rotate(heads, angles))),
+        ("silu_mul", lambda: silu_mul(gate, up), lambda: reference.silu_mul(silu_call)),
     ]
 
 

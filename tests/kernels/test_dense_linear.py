@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lorasrv_kernels.dense import dense_linear, op
+from lorasrv_kernels import operators
+from lorasrv_kernels.dense import dense_linear
 from lorasrv_kernels.errors import KernelError
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,11 +50,11 @@ def test_what_is_registered_for_cuda(dtype: torch.dtype, exact: bool) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(33, 100).to(dtype), torch.randn(100, 130).to(dtype).T
     out = torch.full((130, 33), torch.nan, dtype=dtype)
-    op._dense_linear_cuda_(x, weight, out, exact)
+    operators.versions["dense_linear_", "CUDA"](x, weight, out, exact)
     torch.testing.assert_close(out, x @ weight.T, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if exact:
         alone = torch.empty(1, 33, dtype=dtype)
-        op._dense_linear_cuda_(x[70:71], weight, alone, exact)
+        operators.versions["dense_linear_", "CUDA"](x[70:71], weight, alone, exact)
         assert torch.equal(alone[0], out[70])
 
 

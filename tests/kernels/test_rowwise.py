@@ -1,12 +1,11 @@
 """Norm, rotation and gated activation: against float64, by every implementation, and row by row."""
 
-from functools import partial
-
 import pytest
 import torch
 from lorasrv_kernels.cpu.isa import Isa, widest_isa
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.rowwise import native, reference, rms_norm, rms_norm_grad, rotate_, silu_mul, silu_mul_grad
+from lorasrv_kernels.rowwise.reference import RmsNorm, RmsNormGrad, Rotate, SiluMul, SiluMulGrad
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -32,12 +31,13 @@ def test_activation_equals_the_formula(shape: tuple[int, int], dtype: torch.dtyp
     gate, up = (4 * torch.randn(2, *shape)).to(dtype)
     wide = gate.double()
     expected = wide * wide.sigmoid() * up.double()
-    kernels = [silu_mul, reference.silu_mul]
+    call = SiluMul(gate, up)
+    results = [silu_mul(gate, up), reference.silu_mul(call)]
     if dtype != torch.float16:
-        kernels += [partial(native.silu_mul, isa=isa) for isa in isas()]
-    for kernel in kernels:
+        results += [native.silu_mul(call, isa=isa) for isa in isas()]
+    for result in results:
         tolerance = TOLERANCE[dtype]
-        torch.testing.assert_close(kernel(gate, up).double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -48,12 +48,10 @@ def test_norm_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> 
     wide = x.double()
     quotient = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt()
     for scale, expected in ((weight, quotient * weight.double()), (None, quotient)):
-        results = [rms_norm(x, scale, 0.01), reference.rms_norm(x, scale, 0.01)]
+        call = RmsNorm(x, scale, 0.01)
+        results = [rms_norm(x, scale, 0.01), reference.rms_norm(call)]
         if dtype != torch.float16:
-            results += [torch.empty_like(x) for _ in isas()]
-            assert all(
-                native.rms_norm_(x, scale, 0.01, out, isa=isa) for isa, out in zip(isas(), results[2:], strict=True)
-            )
+            results += [native.rms_norm(call, isa=isa) for isa in isas()]
         for result in results:
             tolerance = TOLERANCE[dtype]
             torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
@@ -61,9 +59,10 @@ def test_norm_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def test_activation_of_extreme_numbers() -> None:
     gate = torch.tensor([[-200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 3e38, torch.inf, -torch.inf, torch.nan]])
-    expected = reference.silu_mul(gate, torch.ones_like(gate))
+    call = SiluMul(gate, torch.ones_like(gate))
+    expected = reference.silu_mul(call)
     for isa in isas():
-        out = native.silu_mul(gate, torch.ones_like(gate), isa=isa)
+        out = native.silu_mul(call, isa=isa)
         # e^-88 is below the smallest normal number, and 0 here
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
 
@@ -73,10 +72,10 @@ def test_activation_of_extreme_numbers() -> None:
 def test_rotation_has_the_bits_of_the_reference(head_size: int, dtype: torch.dtype) -> None:
     heads, angles = torch.randn(9, 5, head_size).to(dtype), angles_of(9, head_size)
     expected = heads.clone()
-    reference.rotate_(expected, angles)
+    reference.rotate_(Rotate(expected, angles))
     for isa in isas():
         turned = heads.clone()
-        assert native.rotate_(turned, angles, isa=isa)
+        assert native.rotate_(Rotate(turned, angles), isa=isa)
         assert torch.equal(turned, expected)
 
 
@@ -85,7 +84,7 @@ def test_what_lies_apart_in_memory(dtype: torch.dtype) -> None:
     fused, angles = torch.randn(6, 7, 32).to(dtype), angles_of(6, 32)
     expected = fused.clone()
     rotate_(fused[:, 1:5], angles)
-    reference.rotate_(expected[:, 1:5], angles)
+    reference.rotate_(Rotate(expected[:, 1:5], angles))
     assert torch.equal(fused, expected)
     apart, together = torch.randn(6, 2, 64).to(dtype), torch.randn(6, 2, 32).to(dtype)
     apart[:, :, ::2] = together
@@ -116,24 +115,21 @@ def test_wide_instruction_sets_give_the_same_bits() -> None:
     if Isa.AVX512 not in isas():
         pytest.skip("no AVX-512, or native library not built")
     gate, up = 4 * torch.randn(2, 10, 100)
-    normed = torch.empty(2, 10, 100)
-    for isa, out in zip((Isa.AVX2, Isa.AVX512), normed, strict=True):
-        assert native.rms_norm_(gate, None, 1e-5, out, isa=isa)
-    assert torch.equal(*normed)
-    assert torch.equal(native.silu_mul(gate, up, isa=Isa.AVX2), native.silu_mul(gate, up, isa=Isa.AVX512))
+    for kernel, call in ((native.rms_norm, RmsNorm(gate, None, 1e-5)), (native.silu_mul, SiluMul(gate, up))):
+        assert torch.equal(kernel(call, isa=Isa.AVX2), kernel(call, isa=Isa.AVX512))
 
 
 @pytest.mark.usefixtures("without_library")
 def test_without_the_library_the_reference_serves() -> None:
     gate, up = torch.randn(2, 3, 100)
-    assert native.silu_mul(gate, up) is None
-    assert torch.equal(silu_mul(gate, up), reference.silu_mul(gate, up))
-    assert not native.rms_norm_(gate, None, 1e-5, torch.empty_like(gate))
-    assert torch.equal(rms_norm(gate, None, 1e-5), reference.rms_norm(gate, None, 1e-5))
+    assert native.silu_mul(SiluMul(gate, up)) is None
+    assert torch.equal(silu_mul(gate, up), reference.silu_mul(SiluMul(gate, up)))
+    assert native.rms_norm(RmsNorm(gate, None, 1e-5)) is None
+    assert torch.equal(rms_norm(gate, None, 1e-5), reference.rms_norm(RmsNorm(gate, None, 1e-5)))
     heads, angles = torch.randn(3, 2, 20), angles_of(3, 20)
-    assert not native.rotate_(heads, angles)
+    assert not native.rotate_(Rotate(heads, angles))
     expected = heads.clone()
-    reference.rotate_(expected, angles)
+    reference.rotate_(Rotate(expected, angles))
     rotate_(heads, angles)
     assert torch.equal(heads, expected)
 
@@ -165,14 +161,13 @@ def test_gradient_of_the_activation(shape: tuple[int, int], dtype: torch.dtype) 
     gate[:, :1] = 0
     wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
     expected = torch.autograd.grad(wide[0] * wide[0].sigmoid() * wide[1], wide, grad.double())
-    kernels = [silu_mul_grad, reference.silu_mul_grad]
+    call = SiluMulGrad(grad, gate, up)
+    results = [silu_mul_grad(*call), reference.silu_mul_grad(call)]
     if dtype != torch.float16:
-        kernels += [partial(native.silu_mul_grad, isa=isa) for isa in isas()]
-    for kernel in kernels:
+        results += [native.silu_mul_grad(call, isa=isa) for isa in isas()]
+    for result in results:
         tolerance = TOLERANCE[dtype]
-        torch.testing.assert_close(
-            kernel(grad, gate, up).double(), torch.cat(expected, dim=1), rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(result.double(), torch.cat(expected, dim=1), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -185,15 +180,14 @@ def test_gradient_of_the_norm(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     quotient = wide / (wide.square().mean(-1, keepdim=True) + 0.01).sqrt()
     for scale, normed in ((weight, quotient * weight.double()), (None, quotient)):
         (expected,) = torch.autograd.grad(normed, wide, grad.double(), retain_graph=True)
-        kernels = [rms_norm_grad, reference.rms_norm_grad]
+        call = RmsNormGrad(grad, x, scale, 0.01)
+        results = [rms_norm_grad(*call), reference.rms_norm_grad(call)]
         if dtype != torch.float16:
-            kernels += [partial(native.rms_norm_grad, isa=isa) for isa in isas()]
-        for kernel in kernels:
+            results += [native.rms_norm_grad(call, isa=isa) for isa in isas()]
+        for result in results:
             # two terms of the size of grad, which may cancel
             tolerance = TOLERANCE[dtype]
-            torch.testing.assert_close(
-                kernel(grad, x, scale, 0.01).double(), expected, rtol=tolerance, atol=4 * tolerance
-            )
+            torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=4 * tolerance)
 
 
 def test_gradients_refuse_what_does_not_fit() -> None:

@@ -8,6 +8,7 @@ import torch
 from interpreter import INTERPRETING, run_interpreted
 from lorasrv_kernels import triton_modules
 from lorasrv_kernels.rowwise import reference
+from lorasrv_kernels.rowwise.reference import RmsNorm, Rotate, SiluMul
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -41,8 +42,8 @@ def test_norm_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype, triton_
     x = (4 * torch.randn(shape)).to(triton_device, dtype)
     weight = torch.randn(shape[-1]).to(triton_device, dtype)
     for scale in (weight, None):
-        actual = kernels().rms_norm(x, scale, 0.01)
-        assert_near(actual, reference.rms_norm(x, scale, 0.01))
+        actual = kernels().rms_norm(RmsNorm(x, scale, 0.01))
+        assert_near(actual, reference.rms_norm(RmsNorm(x, scale, 0.01)))
         assert actual.is_contiguous()
 
 
@@ -55,8 +56,8 @@ def test_rotation_in_every_dtype(num_heads: int, size: int, dtype: torch.dtype, 
     # some heads of wider rows, as in a fused product
     rows = torch.randn(3, num_heads + 2, size).to(triton_device, dtype)
     expected = rows.clone()
-    kernels().rotate_(rows[:, :-2], angles)
-    reference.rotate_(expected[:, :-2], angles)
+    kernels().rotate_(Rotate(rows[:, :-2], angles))
+    reference.rotate_(Rotate(expected[:, :-2], angles))
     if dtype == torch.float32:
         assert torch.equal(rows, expected)
     assert_near(rows, expected)
@@ -68,8 +69,8 @@ def test_rotation_in_every_dtype(num_heads: int, size: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (3, 63), (2, 1025)], ids=str)
 def test_activation_in_every_dtype(shape: tuple[int, int], dtype: torch.dtype, triton_device: torch.device) -> None:
     gate, up = (4 * torch.randn(shape[0], 2 * shape[1])).to(triton_device, dtype).chunk(2, dim=1)
-    actual = kernels().silu_mul(gate, up)
-    assert_near(actual, reference.silu_mul(gate, up))
+    actual = kernels().silu_mul(SiluMul(gate, up))
+    assert_near(actual, reference.silu_mul(SiluMul(gate, up)))
     assert actual.is_contiguous()
 
 
@@ -77,9 +78,9 @@ def test_activation_in_every_dtype(shape: tuple[int, int], dtype: torch.dtype, t
 def test_columns_may_be_apart_in_any_dtype(triton_device: torch.device) -> None:
     wide = torch.randn(4, 6, 60).to(triton_device)
     x = wide[::2, :, ::3]
-    assert_near(kernels().rms_norm(x, None, 0.1), reference.rms_norm(x, None, 0.1))
+    assert_near(kernels().rms_norm(RmsNorm(x, None, 0.1)), reference.rms_norm(RmsNorm(x, None, 0.1)))
     gate, up = wide[:, 0, ::2], wide[:, 1, 1::2]
-    assert_near(kernels().silu_mul(gate, up), reference.silu_mul(gate, up))
+    assert_near(kernels().silu_mul(SiluMul(gate, up)), reference.silu_mul(SiluMul(gate, up)))
 
 
 @pytest.mark.gpu
@@ -95,10 +96,10 @@ def test_a_row_has_the_same_bits_among_others(triton_device: torch.device) -> No
 
 def rows_have_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
     x, weight = torch.randn(37, 300).to(device, dtype), torch.randn(300).to(device, dtype)
-    all_rows, activated = kernels().rms_norm(x, weight, 1e-5), kernels().silu_mul(x, x)
+    all_rows, activated = kernels().rms_norm(RmsNorm(x, weight, 1e-5)), kernels().silu_mul(SiluMul(x, x))
     for row in (0, 5, 36):
-        assert torch.equal(kernels().rms_norm(x[row : row + 1], weight, 1e-5)[0], all_rows[row])
-        assert torch.equal(kernels().silu_mul(x[row : row + 1], x[row : row + 1])[0], activated[row])
+        assert torch.equal(kernels().rms_norm(RmsNorm(x[row : row + 1], weight, 1e-5))[0], all_rows[row])
+        assert torch.equal(kernels().silu_mul(SiluMul(x[row : row + 1], x[row : row + 1]))[0], activated[row])
 
 
 @native
@@ -113,9 +114,9 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: i
         gate, up = torch.empty(8, 28672, dtype=torch.bfloat16).chunk(2, dim=1)
 
     def layer() -> None:
-        kernels().rms_norm(x, weight, 1e-5)
-        kernels().rotate_(heads[:, :40], angles)
-        kernels().silu_mul(gate, up)
+        kernels().rms_norm(RmsNorm(x, weight, 1e-5))
+        kernels().rotate_(Rotate(heads[:, :40], angles))
+        kernels().silu_mul(SiluMul(gate, up))
 
     launches = aot.record(monkeypatch, layer)
     assert [launch.grid for launch in launches] == [(8, 1), (8, 5), (8, 14)]

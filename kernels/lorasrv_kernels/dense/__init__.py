@@ -1,9 +1,8 @@
 """Linear layers in 16 or 32 bit, each row with the same bits whatever its neighbours."""
 
-import torch
 from torch import Tensor
 
-from lorasrv_kernels.dense import op as _op  # noqa: F401  registers the ops
+from lorasrv_kernels.dense import op
 
 __all__ = ["dense_linear"]
 
@@ -23,7 +22,6 @@ def dense_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = None, exact:
         KernelError: shapes or dtypes break this contract.
     """
     if out is None:
-        result: Tensor = torch.ops.lorasrv.dense_linear(x, weight, exact)
-        return result
-    torch.ops.lorasrv.dense_linear_(x, weight, out, exact)
+        return op.linear(x, weight, exact)
+    op.linear_(x, weight, out, exact)
     return out

@@ -1,28 +1,38 @@
-"""Contract of the dense linear layer: schemas, checks, default implementation, gradient."""
+"""Contract of the dense linear layer: arguments, checks, gradient, and who serves."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorasrv_kernels import operators
 from lorasrv_kernels.dense import native, reference
 from lorasrv_kernels.errors import KernelError
-
-_library = torch.library.Library("lorasrv", "FRAGMENT")
-_library.define("dense_linear_(Tensor x, Tensor weight, Tensor(a!) out, bool exact=True) -> ()")
-_library.define("dense_linear(Tensor x, Tensor weight, bool exact=True) -> Tensor")
-
-# through the dispatcher, so that the functional twin gains from every device's own version
-_linear_op = torch.ops.lorasrv.dense_linear_.default
-
 
 CUDA_TILE_ROWS = 64
 """Token rows of one exact product on CUDA, where a product of 16 rows takes as long."""
 
 
-def check(x: Tensor, weight: Tensor, out: Tensor | None = None, exact: bool = True) -> None:
+class DenseLinear(NamedTuple):
+    """Arguments of `dense_linear`."""
+
+    x: Tensor  # [T, I]
+    weight: Tensor  # [O, I]
+    exact: bool = True
+
+
+class DenseLinearInto(NamedTuple):
+    """Arguments of `dense_linear_`."""
+
+    x: Tensor  # [T, I]
+    weight: Tensor  # [O, I]
+    out: Tensor  # [T, O]
+    exact: bool = True
+
+
+def check(call: DenseLinear | DenseLinearInto) -> None:
     """Raises KernelError naming every argument that breaks the contract of `dense_linear`."""
-    del exact
+    x, weight = call.x, call.weight
     wrong = []
     if weight.ndim != 2 or not weight.is_contiguous():
         wrong.append(f"weight must be contiguous [O, I], got {list(weight.shape)}")
@@ -30,8 +40,8 @@ def check(x: Tensor, weight: Tensor, out: Tensor | None = None, exact: bool = Tr
         wrong.append(f"x must be [T, {weight.shape[1]}], got {list(x.shape)}")
     if x.dtype != weight.dtype or not x.is_floating_point():
         wrong.append(f"x and weight must have one floating dtype, got {x.dtype} and {weight.dtype}")
-    if out is not None and not wrong:
-        wrong += check_out(x, weight.shape[0], out)
+    if isinstance(call, DenseLinearInto) and not wrong:
+        wrong += check_out(x, weight.shape[0], call.out)
     if wrong:
         raise KernelError("dense_linear: " + "; ".join(wrong))
 
@@ -44,35 +54,42 @@ def check_out(x: Tensor, out_features: int, out: Tensor) -> list[str]:
     return [f"out must be contiguous {x.dtype} {expected}, got {out.dtype} {list(out.shape)}"]
 
 
-def _dense_linear_(x: Tensor, weight: Tensor, out: Tensor, exact: bool = True) -> None:
-    check(x, weight, out, exact)
-    reference.linear_(x.contiguous(), weight, out)
+def _linear_(call: DenseLinearInto) -> None:
+    reference.linear_(call.x.contiguous(), call.weight, call.out)
 
 
-def _dense_linear_cuda_(x: Tensor, weight: Tensor, out: Tensor, exact: bool = True) -> None:
-    check(x, weight, out)
-    if exact:
-        reference.linear_(x.contiguous(), weight, out, tile_rows=CUDA_TILE_ROWS)
+def _linear_cuda_(call: DenseLinearInto) -> None:
+    if call.exact:
+        reference.linear_(call.x.contiguous(), call.weight, call.out, tile_rows=CUDA_TILE_ROWS)
     else:
-        torch.mm(x, weight.t(), out=out)
+        torch.mm(call.x, call.weight.t(), out=call.out)
 
 
-def _dense_linear_cpu_(x: Tensor, weight: Tensor, out: Tensor, exact: bool = True) -> None:
-    check(x, weight, out, exact)
-    rows = x.contiguous()
-    if not native.linear_(rows, weight, out):
-        reference.linear_(rows, weight, out)
+def _linear_cpu_(call: DenseLinearInto) -> bool:
+    return native.linear_(call.x.contiguous(), call.weight, call.out)
 
 
-def _dense_linear(x: Tensor, weight: Tensor, exact: bool = True) -> Tensor:
-    out = _shape(x, weight, exact)
-    _linear_op(x, weight, out, exact)
+def _linear(call: DenseLinear) -> Tensor:
+    out = _shape(call)
+    # through the dispatcher, so that the functional twin gains from every device's own version
+    linear_(call.x, call.weight, out, call.exact)
     return out
 
 
-def _shape(x: Tensor, weight: Tensor, exact: bool = True) -> Tensor:
-    check(x, weight, exact=exact)
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _shape(call: DenseLinear) -> Tensor:
+    return call.x.new_empty(call.x.shape[0], call.weight.shape[0])
+
+
+linear_ = operators.define(
+    "dense_linear_",
+    DenseLinearInto,
+    reference=_linear_,
+    check=check,
+    mutates="out",
+    cpu=_linear_cpu_,
+    cuda=_linear_cuda_,
+)
+linear = operators.define("dense_linear", DenseLinear, reference=_linear, check=check, shape=_shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
@@ -85,10 +102,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
     return (grad @ weight if ctx.needs_input_grad[0] else None), None, None
 
 
-_library.impl("dense_linear_", _dense_linear_, "CompositeExplicitAutograd")
-_library.impl("dense_linear_", _dense_linear_cuda_, "CUDA")
-_library.impl("dense_linear_", _dense_linear_cpu_, "CPU")
-_library.impl("dense_linear_", check, "Meta")
-_library.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
-_library.impl("dense_linear", _shape, "Meta")
-torch.library.register_autograd("lorasrv::dense_linear", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("lorasrv::dense_linear", _backward, setup_context=_setup_context, lib=operators.library)

@@ -1,10 +1,8 @@
 """Norms, rotary positions and the gated activation: what lies between the products of a layer, row by row."""
 
-import torch
 from torch import Tensor
 
-from lorasrv_kernels.rowwise import gradient as _gradient  # noqa: F401  registers the ops
-from lorasrv_kernels.rowwise import op as _op  # noqa: F401
+from lorasrv_kernels.rowwise import gradient, op
 
 __all__ = ["rms_norm", "rms_norm_grad", "rotate_", "silu_mul", "silu_mul_grad"]
 
@@ -25,8 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.rms_norm(x, weight, epsilon)
-    return result
+    return op.rms_norm(x, weight, epsilon)
 
 
 def rotate_(heads: Tensor, angles: Tensor) -> None:
@@ -39,7 +36,7 @@ def rotate_(heads: Tensor, angles: Tensor) -> None:
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    torch.ops.lorasrv.rotate_(heads, angles)
+    op.rotate_(heads, angles)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -54,8 +51,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.silu_mul(gate, up)
-    return result
+    return op.silu_mul(gate, up)
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
@@ -71,8 +67,7 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.rms_norm_grad(grad, x, weight, epsilon)
-    return result
+    return gradient.rms_norm_grad(grad, x, weight, epsilon)
 
 
 def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -88,5 +83,4 @@ def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelError: shapes or dtypes break this contract.
     """
-    result: Tensor = torch.ops.lorasrv.silu_mul_grad(grad, gate, up)
-    return result
+    return gradient.silu_mul_grad(grad, gate, up)

@@ -1,29 +1,24 @@
-"""Contract of the gradients of the norm and of the gated activation: schemas, checks, default implementations."""
+"""Contract of the gradients of the norm and of the gated activation: checks, shapes, and who serves."""
 
-import torch
 from torch import Tensor
 
+from lorasrv_kernels import operators
 from lorasrv_kernels.errors import KernelError
 from lorasrv_kernels.rowwise import native, reference
 from lorasrv_kernels.rowwise.op import check_norm, check_silu_mul
-
-_library = torch.library.Library("lorasrv", "FRAGMENT")
-_library.define("rms_norm_grad(Tensor grad, Tensor x, Tensor? weight, float epsilon) -> Tensor")
-_library.define("silu_mul_grad(Tensor grad, Tensor gate, Tensor up) -> Tensor")
+from lorasrv_kernels.rowwise.reference import RmsNorm, RmsNormGrad, SiluMul, SiluMulGrad
 
 
-def check_norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    """Raises KernelError naming every argument that breaks the contract of `rms_norm_grad`; the result is unset."""
-    out = check_norm(x, weight, epsilon)
-    _check_grad("rms_norm_grad", grad, x)
-    return out
+def check_norm_grad(call: RmsNormGrad) -> None:
+    """Raises KernelError naming every argument that breaks the contract of `rms_norm_grad`."""
+    check_norm(RmsNorm(*call[1:]))
+    _check_grad("rms_norm_grad", call.grad, call.x)
 
 
-def check_silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Raises KernelError naming every argument that breaks the contract of `silu_mul_grad`; the result is unset."""
-    check_silu_mul(gate, up)
-    _check_grad("silu_mul_grad", grad, gate)
-    return gate.new_empty(len(gate), 2 * gate.shape[1])
+def check_silu_mul_grad(call: SiluMulGrad) -> None:
+    """Raises KernelError naming every argument that breaks the contract of `silu_mul_grad`."""
+    check_silu_mul(SiluMul(*call[1:]))
+    _check_grad("silu_mul_grad", call.grad, call.gate)
 
 
 def _check_grad(name: str, grad: Tensor, like: Tensor) -> None:
@@ -32,31 +27,23 @@ def _check_grad(name: str, grad: Tensor, like: Tensor) -> None:
         raise KernelError(f"{name}: grad must be {expected}, got {grad.dtype} {list(grad.shape)}")
 
 
-def _norm_grad(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    check_norm_grad(grad, x, weight, epsilon)
-    return reference.rms_norm_grad(grad, x, weight, epsilon)
+def _silu_mul_grad_shape(call: SiluMulGrad) -> Tensor:
+    return call.gate.new_empty(len(call.gate), 2 * call.gate.shape[1])
 
 
-def _norm_grad_cpu(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    check_norm_grad(grad, x, weight, epsilon)
-    out = native.rms_norm_grad(grad, x, weight, epsilon)
-    return reference.rms_norm_grad(grad, x, weight, epsilon) if out is None else out
-
-
-def _silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    check_silu_mul_grad(grad, gate, up)
-    return reference.silu_mul_grad(grad, gate, up)
-
-
-def _silu_mul_grad_cpu(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    check_silu_mul_grad(grad, gate, up)
-    out = native.silu_mul_grad(grad, gate, up)
-    return reference.silu_mul_grad(grad, gate, up) if out is None else out
-
-
-_library.impl("rms_norm_grad", _norm_grad, "CompositeExplicitAutograd")
-_library.impl("rms_norm_grad", _norm_grad_cpu, "CPU")
-_library.impl("rms_norm_grad", check_norm_grad, "Meta")
-_library.impl("silu_mul_grad", _silu_mul_grad, "CompositeExplicitAutograd")
-_library.impl("silu_mul_grad", _silu_mul_grad_cpu, "CPU")
-_library.impl("silu_mul_grad", check_silu_mul_grad, "Meta")
+rms_norm_grad = operators.define(
+    "rms_norm_grad",
+    RmsNormGrad,
+    reference=reference.rms_norm_grad,
+    check=check_norm_grad,
+    shape=operators.like_first,
+    cpu=native.rms_norm_grad,
+)
+silu_mul_grad = operators.define(
+    "silu_mul_grad",
+    SiluMulGrad,
+    reference=reference.silu_mul_grad,
+    check=check_silu_mul_grad,
+    shape=_silu_mul_grad_shape,
+    cpu=native.silu_mul_grad,
+)

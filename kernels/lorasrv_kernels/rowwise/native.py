@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorasrv_kernels.cpu import library
 from lorasrv_kernels.cpu.isa import Isa, isa_in_use
+from lorasrv_kernels.rowwise.reference import RmsNorm, RmsNormGrad, Rotate, SiluMul, SiluMulGrad
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -21,40 +22,42 @@ _NORM_GRAD_ARGUMENTS = (*[_POINTER] * 3, ctypes.c_float, _POINTER, _INTEGER, _IN
 _ROTATE_ARGUMENTS = (_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, *_KIND)
 
 
-def rms_norm_(x: Tensor, weight: Tensor | None, epsilon: float, out: Tensor, *, isa: Isa | None = None) -> bool:
-    """The norm, as `lorasrv_kernels.rowwise.rms_norm` states it, into out, contiguous and of the shape of x.
+def rms_norm(call: RmsNorm, *, isa: Isa | None = None) -> Tensor | None:
+    """The norm, as `lorasrv_kernels.rowwise.rms_norm` states it.
 
     Args:
-        x, weight, epsilon: as the op takes them.
-        out: written.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
-        False, and out untouched, where there is no native version: library not built, or neither float32 nor bfloat16.
+        The shape of x; None where there is no native version: library not built, or neither float32 nor bfloat16.
     """
+    x, weight, epsilon = call
     functions, dtype = _functions(), _DTYPES.get(x.dtype)
     if functions is None or dtype is None:
-        return False
+        return None
+    out = x.new_empty(x.shape)
     isa = isa_in_use() if isa is None else isa
     if x.stride(-1) != 1:
         x = x.contiguous()
     num_heads, head_stride = (x.shape[1], x.stride(1)) if x.ndim == 3 else (1, 0)
     place = (x.data_ptr(), x.stride(0), head_stride, None if weight is None else weight.data_ptr())
     functions[2](*place, epsilon, out.data_ptr(), x.shape[0], num_heads, x.shape[-1], dtype, isa)
-    return True
+    return out
 
 
-def rotate_(heads: Tensor, angles: Tensor, *, isa: Isa | None = None) -> bool:
+def rotate_(call: Rotate, *, isa: Isa | None = None) -> bool:
     """The rotation in place, as `lorasrv_kernels.rowwise.rotate_` states it, with the reference's own bits.
 
     Args:
-        heads, angles: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         False, and heads untouched, where there is no native version: library not built, neither float32 nor bfloat16,
         or heads that are not contiguous.
     """
+    heads, angles = call
     functions, dtype = _functions(), _DTYPES.get(heads.dtype)
     if functions is None or dtype is None or heads.stride(2) != 1:
         return False
@@ -66,16 +69,17 @@ def rotate_(heads: Tensor, angles: Tensor, *, isa: Isa | None = None) -> bool:
     return True
 
 
-def silu_mul(gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | None:
+def silu_mul(call: SiluMul, *, isa: Isa | None = None) -> Tensor | None:
     """The gated activation, as `lorasrv_kernels.rowwise.silu_mul` states it.
 
     Args:
-        gate, up: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         [T, I]; None where there is no native version: library not built, or neither float32 nor bfloat16.
     """
+    gate, up = call
     functions, dtype = _functions(), _DTYPES.get(gate.dtype)
     if functions is None or dtype is None:
         return None
@@ -87,18 +91,17 @@ def silu_mul(gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | No
     return out
 
 
-def rms_norm_grad(
-    grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float, *, isa: Isa | None = None
-) -> Tensor | None:
+def rms_norm_grad(call: RmsNormGrad, *, isa: Isa | None = None) -> Tensor | None:
     """The gradient, as `lorasrv_kernels.rowwise.rms_norm_grad` states it.
 
     Args:
-        grad, x, weight, epsilon: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         Of the shape of x; None where there is no native version: library not built, or neither float32 nor bfloat16.
     """
+    grad, x, weight, epsilon = call
     function, dtype = _function("lorasrv_rms_norm_grad", _NORM_GRAD_ARGUMENTS), _DTYPES.get(x.dtype)
     if function is None or dtype is None:
         return None
@@ -111,16 +114,17 @@ def rms_norm_grad(
     return out
 
 
-def silu_mul_grad(grad: Tensor, gate: Tensor, up: Tensor, *, isa: Isa | None = None) -> Tensor | None:
+def silu_mul_grad(call: SiluMulGrad, *, isa: Isa | None = None) -> Tensor | None:
     """The gradients, as `lorasrv_kernels.rowwise.silu_mul_grad` states them.
 
     Args:
-        grad, gate, up: as the op takes them.
+        call: the arguments of the op.
         isa: one that the machine must have; None for the one in use.
 
     Returns:
         [T, 2 I]; None where there is no native version: library not built, or neither float32 nor bfloat16.
     """
+    grad, gate, up = call
     function, dtype = _function("lorasrv_silu_mul_grad", _SILU_GRAD_ARGUMENTS), _DTYPES.get(gate.dtype)
     if function is None or dtype is None:
         return None

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorasrv_kernels.rowwise.reference import RmsNorm, Rotate, SiluMul
+
 ELEMENTS = 1024
 """Numbers that one program of the activation writes."""
 
@@ -17,8 +19,9 @@ HEADS = 8
 """Heads that one program rotates."""
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+def rms_norm(call: RmsNorm) -> Tensor:
     """See `lorasrv_kernels.rowwise.rms_norm`."""
+    x, weight, epsilon = call
     out = x.new_empty(x.shape)
     if not out.numel():
         return out
@@ -41,8 +44,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return out
 
 
-def rotate_(heads: Tensor, angles: Tensor) -> None:
+def rotate_(call: Rotate) -> None:
     """See `lorasrv_kernels.rowwise.rotate_`."""
+    heads, angles = call
     num_tokens, num_heads, size = heads.shape
     if not heads.numel():
         return
@@ -59,8 +63,9 @@ def rotate_(heads: Tensor, angles: Tensor) -> None:
     )
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(call: SiluMul) -> Tensor:
     """See `lorasrv_kernels.rowwise.silu_mul`."""
+    gate, up = call
     out = gate.new_empty(gate.shape)
     if not out.numel():
         return out

@@ -7,25 +7,16 @@ import torch
 from interpreter import INTERPRETING, run_interpreted
 from lorasrv_kernels import operators
 from lorasrv_kernels.cpu.decoder import NativeDecoder
-from lorasrv_kernels.dense import op as dense
-from lorasrv_kernels.rowwise import op as rowwise
 from random_llama import TINY, random_adapter, random_llama
 from recorded_graph import RecordedGraph
 from stepped_serving import Served, make_requests, serve
 
 pytest.importorskip("triton")
 
-ON_CUDA = {
-    "store_kv_": operators.versions["store_kv_", "CUDA"],
-    "paged_attention": operators.versions["paged_attention", "CUDA"],
-    "dense_linear_": dense._dense_linear_cuda_,
-    "lora_apply_": operators.versions["lora_apply_", "CUDA"],
-    "nf4_dequantize_": operators.versions["nf4_dequantize_", "CUDA"],
-    "nf4_linear_": operators.versions["nf4_linear_", "CUDA"],
-    "rms_norm": rowwise._norm_cuda,
-    "rotate_": rowwise._rotate_cuda,
-    "silu_mul": rowwise._silu_mul_cuda,
-}
+OPS = (
+    *("store_kv_", "paged_attention", "dense_linear_", "lora_apply_", "nf4_dequantize_", "nf4_linear_"),
+    *("rms_norm", "rotate_", "silu_mul"),
+)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
@@ -38,8 +29,8 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What serves CUDA tensors serves those of the CPU."""
     monkeypatch.setattr(NativeDecoder, "forward", lambda *_, **__: None)
     library = torch.library.Library("lorasrv", "FRAGMENT")
-    for name, function in ON_CUDA.items():
-        library.impl(name, function, "CPU", allow_override=True)
+    for name in OPS:
+        library.impl(name, operators.versions[name, "CUDA"], "CPU", allow_override=True)
     yield
     library._destroy()
 
