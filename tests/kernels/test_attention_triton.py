@@ -163,7 +163,7 @@ def test_a_tile_of_no_tokens_writes_nothing(triton_device: torch.device) -> None
 def test_no_sequences(triton_device: torch.device) -> None:
     step = Step([], heads=(4, 2), dtype=torch.float32, device=triton_device)
     assert kernels().paged_attention(step.call(0, 2)).shape == (0, 4, 48)
-    kernels().store_kv_(step.cache, step.q[:, :2], step.q[:, :2], step.batch.slot_mapping)
+    kernels().store_kv_(StoreKv(step.cache, step.q[:, :2], step.q[:, :2], step.batch.slot_mapping))
 
 
 @pytest.mark.gpu
@@ -254,8 +254,8 @@ def test_compiles_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
         heads = torch.empty(8, 48, 128, dtype=torch.bfloat16)
         cache = torch.empty(100, 32, 2, 8, BLOCK_TOKENS, 128, dtype=torch.bfloat16)[:, 3]
         slots = torch.empty(8, dtype=torch.int64)
-    store = kernels().store_kv_
-    (launch,) = aot.record(monkeypatch, lambda: store(cache, heads[:, 32:40], heads[:, 40:], slots))
+    call = StoreKv(cache, heads[:, 32:40], heads[:, 40:], slots)
+    (launch,) = aot.record(monkeypatch, lambda: kernels().store_kv_(call))
     kernel = aot.compile_launch(launch, capability)
     kernel.check(capability)
     assert "LDG.E.128" in kernel.sass
