@@ -61,16 +61,12 @@ def define(
         cuda: the version for CUDA; it runs with the device of the first argument as the current one.
     """
     library.define(name + _schema(arguments, get_type_hints(reference)["return"], mutates))
-    own: dict[str, Callable[..., Any] | None] = {
-        "CompositeExplicitAutograd": reference,
-        "CPU": cpu and _native_first(cpu, reference),
-        "CUDA": cuda and _on_its_device(cuda),
-        "Meta": shape or _nothing,
-    }
-    for key, version in own.items():
-        if version is not None:
-            versions[name, key] = _checked(arguments, check or _nothing, version)
-            library.impl(name, versions[name, key], key)
+    _register(name, "CompositeExplicitAutograd", arguments, check, reference)
+    _register(name, "Meta", arguments, check, shape or _nothing)
+    if cpu is not None:
+        _register(name, "CPU", arguments, check, cpu, reference)
+    if cuda is not None:
+        _register(name, "CUDA", arguments, check, _on_its_device(cuda))
     op: Callable[P, T] = getattr(torch.ops.lorasrv, name).default
     return op
 
@@ -109,23 +105,28 @@ def _schema(arguments: Any, result: Any, mutates: str | None) -> str:
     return f"({', '.join(parameters)}) -> {results}"
 
 
-def _checked(arguments: Callable[..., A], check: Callable[[A], None], version: Callable[[A], T]) -> Callable[..., T]:
-    def run(*given: Any) -> T:
-        call = arguments(*given)
+def _register(
+    name: str,
+    key: str,
+    arguments: Any,
+    check: Callable[..., None] | None,
+    version: Callable[..., Any],
+    otherwise: Callable[..., Any] | None = None,
+) -> None:
+    count, defaults = len(arguments._fields), tuple(arguments._field_defaults.values())
+    check = check or _nothing
+
+    def run(*given: Any) -> Any:
+        # the dispatcher leaves out what equals its default; the tuple's own constructor takes thrice as long
+        call = tuple.__new__(arguments, given if len(given) == count else given + defaults[len(given) - count :])
         check(call)
-        return version(call)
-
-    return run
-
-
-def _native_first(native: Callable[[A], T | bool | None], reference: Callable[[A], T]) -> Callable[[A], T | None]:
-    def run(call: A) -> Any:
-        result = native(call)
+        result = version(call)
         if result is None or result is False:
-            return reference(call)
+            return None if otherwise is None else otherwise(call)
         return None if result is True else result
 
-    return run
+    versions[name, key] = run
+    library.impl(name, run, key)
 
 
 def _on_its_device(version: Callable[..., T]) -> Callable[..., T]:
