@@ -1,6 +1,7 @@
 """A whole merge: what the new folder holds and answers, what is refused, and that nothing is left after a refusal."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from lorasrv.embedded import embedded_adapters, embedded_base
 from lorasrv.engine.request import Request, SamplingParams
 from lorasrv.errors import DiskFullError, MergeError, MergeRefusedError, MergeVerificationError, ModelLoadError
+from lorasrv.merge import files
 from lorasrv.merge.app import merge
 from lorasrv.merge.config import MergeConfig
+from lorasrv.merge.fold import Folded
 from lorasrv.merge.report import REPORT_NAME
 from lorasrv.merge.update import AdapterUpdates, Update
 from lorasrv.model.loader import load_model
@@ -229,6 +232,27 @@ def test_a_wrong_merge_is_found_and_not_kept(base, merged, tmp_path, monkeypatch
     with pytest.raises(MergeVerificationError, match=r"logits differ by up to .* beyond the tolerance"):
         merged(llama.folder, adapter)
     assert _left(tmp_path) == ["adapter"]
+
+
+def test_an_update_that_no_adapter_can_express_is_verified_too(base, tmp_path, monkeypatch):
+    llama = base("qwen2", tied=True)
+    option = Option(config={"target_modules": ["q_proj", "down_proj", "lm_head"], "bias": "all"})
+    folders = [llama.save_adapter(tmp_path / kind, kind=kind, option=option) for kind in ("lora", "dora")]
+    adapters = tuple((str(folder), 0.5) for folder in folders)
+    config = MergeConfig(base=str(llama.folder), adapters=adapters, combine="ties", out=tmp_path / "merged")
+    outcome = merge(config)
+    assert outcome.record["verification"]["holds"]
+    assert outcome.record["verification"]["effect"] > 0.01
+    fold = files.fold
+
+    def wrong(*arguments: object, **options: object) -> Folded:
+        folded = fold(*arguments, **options)
+        return folded if folded.delta is None else replace(folded, weight=folded.weight - 0.01 * folded.delta)
+
+    monkeypatch.setattr(files, "fold", wrong)
+    with pytest.raises(MergeVerificationError):
+        merge(replace(config, out=tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_own_prompts_are_verified_with_and_have_to_be_some(base, merged, tmp_path):
