@@ -29,6 +29,8 @@ examples:
   lorasrv check ~/adapters/clerk --base ~/models/llama
   lorasrv train --base ~/models/llama --data poems.jsonl --method dora --out ~/adapters/poet
   lorasrv merge --base ~/models/llama --adapter ~/adapters/poet --out ~/models/llama-poet
+  lorasrv train --recommend 24GB --base ~/models/llama > poet.yaml
+  lorasrv train poet.yaml --data poems.jsonl --out ~/adapters/poet --publish 127.0.0.1:50051
   lorasrv convert ~/adapters/old --out ~/adapters/new
   lorasrv quantize ~/models/llama --out ~/models/llama-nf4
   lorasrv doctor

@@ -129,8 +129,8 @@ def recommend(
     settings = [Advice(key=name, value=value, source=GIVEN) for name, value in given.items()]
     settings += [advice for advice in proposals if advice.key not in given]
     chosen = {advice.key: advice.value for advice in settings}
-    for tokens, again in _WAYS:
-        way = {"micro_batch_tokens": tokens, "checkpoint_layers": again, **given}
+    ways = [{"micro_batch_tokens": tokens, "checkpoint_layers": again, **given} for tokens, again in _WAYS]
+    for way in ways:
         parts = _estimate(model, chosen | way, machine)
         if _resident(parts) <= _USABLE * machine.memory_bytes:
             source = f"estimated: {_gb(_resident(parts))} of {_gb(machine.memory_bytes)}"
@@ -141,7 +141,7 @@ def recommend(
                 memory_bytes=machine.memory_bytes,
                 num_parameters=num_parameters,
             )
-    raise ConfigError(list(_too_small(model, chosen | way, machine)))
+    raise ConfigError(list(_too_small(model, chosen | ways[-1], machine)))
 
 
 def _proposals(num_parameters: int, machine: Machine, policy: Policy) -> Iterator[Advice]:
