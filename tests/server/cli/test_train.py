@@ -12,6 +12,7 @@ import torch
 from lorasrv.cli.train import train_config
 from lorasrv.embedded import embedded_adapters
 from lorasrv.errors import ConfigError
+from lorasrv.settings import settings_of
 from lorasrv.train.config import JobConfig
 from lorasrv.train.job import TrainingJob
 from tiny_peft import save_base
@@ -74,6 +75,29 @@ def test_whole_modules_and_patterns_would_be_served(lorasrv, base, data, tmp_pat
         assert written["alpha_pattern"] == {"v_proj": 7.5}
     checked = lorasrv("check", out, "--base", base, "--json")
     assert checked.code == 0, checked.err
+
+
+def test_patterns_are_read_from_everywhere(tmp_path, data):
+    file = tmp_path / "train.yaml"
+
+    def patterns(content="", environ=None, **flags):
+        file.write_text(content)
+        given = {"config": str(file), "data": (data,), "out": tmp_path / "x", **flags}
+        return train_config(given, environ or {}).jobs["adapter"].rank_pattern
+
+    both = (("q_proj", 3), (r"layers\.[01]\..*", 4))
+    assert patterns("rank_pattern: {q_proj: 3, 'layers\\.[01]\\..*': 4}") == both
+    assert patterns("rank_pattern: [q_proj=3, 'layers\\.[01]\\..*=4']") == both
+    assert patterns(environ={"LORASRV_RANK_PATTERN": r"q_proj=3, layers\.[01]\..*=4"}) == both
+    assert patterns(rank_pattern=[("a=b", 5)]) == (("a=b", 5),)
+    (setting,) = (setting for setting in settings_of(JobConfig) if setting.name == "rank_pattern")
+    # the last sign is the one between
+    assert setting.parse("a=b=5") == ("a=b", 5)
+    for wrong in ("q_proj", "=3", 7):
+        with pytest.raises(ValueError, match="expected REGEX=VALUE"):
+            setting.parse(wrong)
+    with pytest.raises(ValueError, match="expected a whole number"):
+        setting.parse("q_proj=x")
 
 
 def test_patterns_that_cannot_be(tmp_path, data):
