@@ -22,6 +22,9 @@ def test_every_adapter_would_be_served() -> None:
     base = load_model(embedded_base(), dtype=torch.bfloat16, device="cpu").base
     adapters = {name: read_checkpoint(folder, base) for name, folder in embedded_adapters().items()}
     assert {name: adapter.kind for name, adapter in adapters.items()} == KINDS
+    for name, folder in embedded_adapters().items():
+        provenance = json.loads((folder / "provenance.json").read_text())
+        assert (provenance["method"], provenance["base_digest"]) == (KINDS[name], base.digest)
     ranks = set(adapters["devils_dictionary"].ranks.values())
     assert len(ranks) > 1
     assert max(ranks) <= 8
