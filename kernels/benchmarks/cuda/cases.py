@@ -93,7 +93,7 @@ def nf4_case(name: str, rows: int, columns: int, tokens: int, device: torch.devi
     copies = [weight, *(clone(weight) for _ in range(num_copies(weight.num_bytes, device) - 1))]
     denses = [dense, *(dense.clone() for _ in range(num_copies(dense.nbytes, device) - 1))]
     contestants = {
-        "ours": Contestant(run=lambda i: nf4_linear_(x, *storage(copies[i]), out, exact=False), copies=len(copies)),
+        "ours": Contestant(run=lambda i: nf4_linear_(x, *storage(copies[i]), out, False), copies=len(copies)),
         "F.linear": Contestant(run=lambda i: linear(x, denses[i]), copies=len(denses)),
         "bitsandbytes": bitsandbytes_linear(x, copies),
     }
@@ -107,7 +107,7 @@ def nf4_case(name: str, rows: int, columns: int, tokens: int, device: torch.devi
     def error() -> float:
         nf4_linear_(x, *storage(weight), out)
         exact_error = relative_error(out, x.float() @ dense.float().T)
-        nf4_linear_(x, *storage(weight), out, exact=False)
+        nf4_linear_(x, *storage(weight), out, False)
         return max(exact_error, relative_error(out, x.float() @ dense.float().T))
 
     num_bytes = weight.num_bytes + x.nbytes + out.nbytes
