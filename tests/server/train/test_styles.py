@@ -51,5 +51,5 @@ def test_made_up_styles(tmp_path: Path, line: Callable[[random.Random], str]) ->
 @pytest.mark.parametrize("book", ["leaves_of_grass.txt", "devils_dictionary.txt"])
 def test_books(tmp_path: Path, book: str) -> None:
     found = gains(Path(str(STYLES), book), tmp_path, steps=30, max_tokens=512)
-    # the margin that server/lorasrv/train/README.md states
-    assert min(found.values()) > 0.1, found
+    # the margin that server/lorasrv/train/README.md states; 0.48 and more are seen
+    assert min(found.values()) > 0.3, found
