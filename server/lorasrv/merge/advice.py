@@ -26,8 +26,9 @@ def advice(record: Mapping[str, Any]) -> Iterator[str]:
     rounded = [one["module"] for one in record["modules"] if one["rounded"]]
     if rounded:
         yield (
-            f"warning: in {len(rounded)} modules, {rounded[0]} among them, the update is so small that "
-            f"{record['dtype']} rounds it as coarsely as it is large; --dtype float32 keeps it, or serve it unmerged"
+            f"warning: in {len(rounded)} of {len(record['modules'])} weights, {rounded[0]} among them, the update is "
+            f"so small that {record['dtype']} rounds it as coarsely as it is large; --dtype float32 keeps it, or serve "
+            "it unmerged"
         )
     if record["quantize"] == "nf4":
         yield (

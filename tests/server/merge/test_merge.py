@@ -19,6 +19,7 @@ from lorasrv.model.loader import load_model
 from lorasrv.model.quantize_folder import quantize_folder
 from lorasrv.model.tensors import EMBEDDING, HEAD
 from lorasrv.model.tokenizer import Tokenizer
+from lorasrv_adapters.errors import AdapterIncompatibleError
 from peft_options import KINDS, OPTIONS, Option
 from recorded_engine import Served, run_engine
 from safetensors.torch import load_file, save_file
@@ -234,6 +235,29 @@ def test_a_wrong_merge_is_found_and_not_kept(base, merged, tmp_path, monkeypatch
     assert _left(tmp_path) == ["adapter"]
 
 
+def test_the_weights_are_those_that_the_adapter_records_to_be_trained_on(base, merged, tmp_path):
+    llama = base()
+    adapter = llama.save_adapter(tmp_path / "adapter", kind="dora", option=ALL_LINEAR)
+    digests = {
+        quantization: load_model(llama.folder, dtype=torch.float32, quantize=quantization == "nf4").base.digest
+        for quantization in ("nf4", "none")
+    }
+
+    def record(quantization: str, digest: str) -> None:
+        provenance = {"base_digest": digest, "base_quantization": quantization}
+        (adapter / "provenance.json").write_text(json.dumps(provenance))
+
+    for place, (quantization, weights) in enumerate((("nf4", "dequantized"), ("none", "original"))):
+        record(quantization, digests[quantization])
+        for asked, expected in (("auto", weights), ("original", "original"), ("dequantized", "dequantized")):
+            outcome = merged(llama.folder, adapter, weights=asked, out=tmp_path / f"{asked} {place}")
+            assert outcome.record["weights"] == expected
+            assert outcome.record["base_digest"] == digests[quantization]
+    record("nf4", "0" * 64)
+    with pytest.raises(AdapterIncompatibleError, match="trained on a base with digest"):
+        merged(llama.folder, adapter, weights="auto")
+
+
 def test_an_update_that_no_adapter_can_express_is_verified_too(base, tmp_path, monkeypatch):
     llama = base("qwen2", tied=True)
     option = Option(config={"target_modules": ["q_proj", "down_proj", "lm_head"], "bias": "all"})
@@ -253,6 +277,16 @@ def test_an_update_that_no_adapter_can_express_is_verified_too(base, tmp_path, m
     with pytest.raises(MergeVerificationError):
         merge(replace(config, out=tmp_path / "wrong"))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_small_update_that_is_missing_is_found_in_16_bits_too(base, merged, tmp_path, monkeypatch):
+    llama = base()
+    adapter = llama.save_adapter(tmp_path / "adapter", kind="lora", option=ALL_LINEAR)
+    _shrink(adapter, 0.03)
+    monkeypatch.setattr(AdapterUpdates, "update", lambda *_: Update())
+    with pytest.raises(MergeVerificationError, match=r"of what the adapter does, beyond the tolerance of 0\.5"):
+        merged(llama.folder, adapter, dtype="bfloat16", tolerance=100.0)
+    assert _left(tmp_path) == ["adapter"]
 
 
 def test_own_prompts_are_verified_with_and_have_to_be_some(base, merged, tmp_path):
