@@ -1,4 +1,6 @@
-"""Quantization to NF4 with double quantization, bit-identical with bitsandbytes 0.50.
+"""Quantization to NF4 with double quantization, bit-identical with bitsandbytes 0.50 up to 32 768 blocks.
+
+Beyond them the last bit of the scales' mean may differ: bitsandbytes' own follows its number of threads there.
 
 Knows the arithmetic; knows nothing of models or files. Per block of 64 weights, taken in row order across the whole
 matrix: absmax = max |w|; code = the level nearest to w / absmax, the lower one at a midpoint. The scales in turn are
