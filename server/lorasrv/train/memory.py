@@ -23,8 +23,8 @@ _MOMENT_BYTES: Mapping[str, float] = {
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), 2 + 8 / 256),
 }
 _FLOAT = 4
-# logits and their gradient in two or four bytes, and log-probabilities
-_LOGIT_COPIES = 2
+# logits as multiplied and in float32, and log-probabilities
+_LOGIT_COPIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
