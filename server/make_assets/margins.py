@@ -34,7 +34,6 @@ def measure(text: Path, *, steps: int, rank: int) -> dict[str, Any]:
             # four windows of the whole context
             "batch_size": 4,
             "micro_batch_tokens": 8192,
-            "checkpoint_layers": False,
             # no checkpoint is chosen by what is measured
             "eval_every": 0,
             "jobs": {

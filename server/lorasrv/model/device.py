@@ -1,5 +1,7 @@
 """What "auto" means on this machine for device and dtype. Looks at the machine when asked, never at import."""
 
+import os
+
 import torch
 
 from lorasrv.errors import ConfigError
@@ -17,6 +19,13 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise ConfigError(["device is cuda, but PyTorch finds no CUDA device here; take cpu or auto"])
     return torch.device("cuda:0" if has_cuda and name != "cpu" else "cpu")
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns the bytes of memory a device has; of a CPU, those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from lorasrv_adapters.provenance import BASE_DIGEST_KEY
 from lorasrv import __version__
 from lorasrv.embedded import embedded_base, embedded_base_name
 from lorasrv.errors import ConfigError, TrainingDataError
-from lorasrv.model.config import read_model_config
+from lorasrv.model.config import ModelConfig, read_model_config
 from lorasrv.model.decoder import DecoderModel
-from lorasrv.model.device import resolve_device, resolve_dtype
+from lorasrv.model.device import resolve_device, resolve_dtype, total_memory
 from lorasrv.model.hub import model_folder
 from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
@@ -97,15 +97,16 @@ def train(config: TrainConfig, *, observers: Sequence[RunObserver] = ()) -> dict
         NonFiniteLossError: a loss was NaN or infinite; nothing is written.
     """
     _check_folders(config)
-    run = config.run
-    device = resolve_device(run.device)
+    device = resolve_device(config.run.device)
     folder = _base_folder(config)
+    run = config.run
+    checkpoint_layers = _checkpoints_layers(config, read_model_config(folder), device)
     model = load_model(folder, dtype=resolve_dtype(run.dtype, device), device=device, quantize=run.quantize)
     data = _read_all(config, folder, max_tokens=_max_tokens(config, model.max_positions))
     base_name = embedded_base_name() if run.base is None else run.base
     jobs = [_new_job(name, config, data[name], model=model, base_name=base_name) for name in config.jobs]
     training = TrainingRun(
-        TrainableModel(model, checkpoint_layers=run.checkpoint_layers),
+        TrainableModel(model, checkpoint_layers=checkpoint_layers),
         jobs,
         micro_batch_tokens=run.micro_batch_tokens,
         seed=run.seed,
@@ -176,6 +177,21 @@ def estimate(config: TrainConfig) -> list[MemoryPart]:
     """
     device = resolve_device(config.run.device)
     model = read_model_config(_base_folder(config))
+    return _estimate(config, model, device, checkpoint_layers=_checkpoints_layers(config, model, device))
+
+
+def _checkpoints_layers(config: TrainConfig, model: ModelConfig, device: torch.device) -> bool:
+    """What the run says; by the memory there is where it says nothing."""
+    if config.run.checkpoint_layers is not None:
+        return config.run.checkpoint_layers
+    parts = _estimate(config, model, device, checkpoint_layers=False)
+    # half, for the estimate knows nothing of what else the machine does
+    return 2 * sum(part.num_bytes for part in parts if not part.paged) > total_memory(device)
+
+
+def _estimate(
+    config: TrainConfig, model: ModelConfig, device: torch.device, *, checkpoint_layers: bool
+) -> list[MemoryPart]:
     # the largest of what the jobs ask for
     asked = {job.optimizer for job in config.jobs.values()}
     optimizer = "adamw" if device.type == "cpu" or "adamw" in asked else min(asked)
@@ -183,7 +199,7 @@ def estimate(config: TrainConfig) -> list[MemoryPart]:
         optimizer = "paged_adamw"
     return estimate_memory(
         model,
-        config.run,
+        replace(config.run, checkpoint_layers=checkpoint_layers),
         config.jobs,
         dtype_bytes=resolve_dtype(config.run.dtype, device).itemsize,
         optimizer=optimizer,

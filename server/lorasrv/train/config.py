@@ -54,8 +54,11 @@ class RunConfig:
     micro_batch_tokens: int = setting(
         4096, integer, "The most tokens that go through the model at a time; it bounds the memory.", metavar="N"
     )
-    checkpoint_layers: bool = setting(
-        True, switch, "Keep one tensor a layer and compute the rest again on the way back: less memory, a third slower."
+    checkpoint_layers: bool | None = setting(
+        None,
+        switch,
+        "Keep one tensor a layer and compute the rest again on the way back: less memory, a third slower. Default: "
+        "where the run would else take more than half of the memory.",
     )
     save_every: int = setting(100, integer, "Steps between checkpoints; 0: none.", metavar="N")
     resume: bool = setting(False, switch, "Go on from the newest checkpoint, as if the run had never stopped.")

@@ -55,7 +55,7 @@ def estimate_memory(
 
     Args:
         model: the base.
-        run, jobs: what is trained.
+        run, jobs: what is trained; layers keep everything where the run does not say.
         dtype_bytes: of an activation.
         optimizer: which one it will be, "auto" resolved.
         max_tokens: of the longest example.
@@ -68,7 +68,7 @@ def estimate_memory(
     parameters = sum(map(sum, whole)) + sum(_low_rank_elements(config, shapes) for config in configs)
     tokens = max(run.micro_batch_tokens, max_tokens)
     doras = any(job.method == "dora" for job in jobs.values())
-    layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras, again=run.checkpoint_layers)
+    layer = tokens * _layer_bytes(model, dtype_bytes, dora=doras, again=bool(run.checkpoint_layers))
     kept = tokens * model.hidden_size * dtype_bytes * model.num_layers
     return [
         MemoryPart(name="base, linear layers", num_bytes=_linear_bytes(shapes, run, dtype_bytes)),

@@ -127,12 +127,16 @@ class TrainableGroup:
 
 
 class TrainableLayer:
-    """One decoder layer."""
+    """One decoder layer.
+
+    Attributes:
+        keep: whether autograd keeps norms and activations too.
+    """
 
     def __init__(
         self, config: ModelConfig, stored: Mapping[str, Weight], *, layer: int, dtype: torch.dtype, keep: bool
     ) -> None:
-        """Takes its weights out of `stored`; with `keep` autograd keeps norms and activations too."""
+        """Takes its weights out of `stored`."""
         prefix = layer_prefix(layer)
         names = [f"{prefix}.{module}" for module in MODULES]
         self._qkv, self._output, self._gate_up, self._down = (
@@ -145,7 +149,7 @@ class TrainableLayer:
         self._config = config
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._window = config.windows[layer]
-        self._keep = keep
+        self.keep = keep
 
     def forward(self, x: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """x: [T, I]; angles: [T, 1, D] float32. Returns [T, I]."""
@@ -154,7 +158,7 @@ class TrainableLayer:
         x = x + self._output.forward(attended.flatten(1), batch, adapters)
         gate_up = self._normed(self._gate_up, self._inner_norm, x, batch, adapters)
         inner = gated_activation(gate_up)
-        with nullcontext() if self._keep else recomputed(inner, partial(gated_activation, gate_up.detach())):
+        with nullcontext() if self.keep else recomputed(inner, partial(gated_activation, gate_up.detach())):
             return x + self._down.forward(inner, batch, adapters)
 
     def _normed(
@@ -167,7 +171,7 @@ class TrainableLayer:
     ) -> Tensor:
         normed = norm.forward(x, batch.segments, adapters)
         again = partial(norm.forward, x.detach(), batch.segments, adapters)
-        with nullcontext() if self._keep else recomputed(normed, again):
+        with nullcontext() if self.keep else recomputed(normed, again):
             return group.forward(normed, batch, adapters)
 
     def _attend(self, heads: Tensor, angles: Tensor, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
@@ -205,6 +209,15 @@ class TrainableModel:
             for layer in range(model.config.num_layers)
         ]
         self._checkpoint_layers = checkpoint_layers
+
+    def checkpoint_layers(self) -> bool:
+        """Computes layers' activations again on the way back from now on; False if it did so before."""
+        if self._checkpoint_layers:
+            return False
+        self._checkpoint_layers = True
+        for layer in self._layers:
+            layer.keep = True
+        return True
 
     def losses(self, batch: TokenBatch, adapters: Sequence[TrainableAdapter]) -> Tensor:
         """The weighted cross-entropy of every row: [T] float32, differentiable in the adapters' tensors."""

@@ -4,18 +4,15 @@ Every value comes with its source. What someone has decided already stays, and t
 base's sizes and no weight; reads no data.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lorasrv.embedded import embedded_base
 from lorasrv.errors import ConfigError
 from lorasrv.model.config import ModelConfig, read_model_config
-from lorasrv.model.device import resolve_device, resolve_dtype
+from lorasrv.model.device import resolve_device, resolve_dtype, total_memory
 from lorasrv.model.hub import model_folder
 from lorasrv.model.tensors import linear_shapes, wide_shapes
 from lorasrv.train.config import JobConfig, RunConfig
@@ -233,18 +230,12 @@ def _machine(run: RunConfig, memory_bytes: int | None) -> Machine:
         return Machine(memory_bytes=memory_bytes, is_gpu=True, dtype_bytes=4 if run.dtype == "float32" else 2)
     device = resolve_device(run.device)
     if memory_bytes is None:
-        memory_bytes = _device_bytes(device)
+        memory_bytes = total_memory(device)
     return Machine(
         memory_bytes=memory_bytes,
         is_gpu=device.type == "cuda",
         dtype_bytes=resolve_dtype(run.dtype, device).itemsize,
     )
-
-
-def _device_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _num_parameters(model: ModelConfig) -> int:

@@ -94,7 +94,7 @@ class TrainingRun:
                 tokens, totals = self._gradients(step, shares, jobs)
                 break
             except torch.OutOfMemoryError:
-                if not self._shrink(shares):
+                if not self._save_memory(shares):
                     raise
                 for job in jobs:
                     job.adapter.parameters.clear_gradients()
@@ -117,8 +117,13 @@ class TrainingRun:
                 extra.backward()
         return sum(len(batch.token_ids) for batch in batches), totals.tolist()
 
-    def _shrink(self, shares: Sequence[Share]) -> bool:
-        """Halves what goes through the model at a time, for more micro-batches in the same step; False if it cannot."""
+    def _save_memory(self, shares: Sequence[Share]) -> bool:
+        """Takes less from now on, for the same step: keeps less, then halves the micro-batches; False if it cannot."""
+        if self._model.checkpoint_layers():
+            _log.warning("out of memory: from now on layers are computed again on the way back")
+            self._num_shrinks += 1
+            torch.cuda.empty_cache()
+            return True
         longest = max(len(share.example.token_ids) for share in shares)
         if self._micro_batch_tokens <= longest:
             return False

@@ -8,7 +8,8 @@ import torch
 from lorasrv.embedded import embedded_base
 from lorasrv.model.config import ModelConfig, parse_model_config, read_model_config
 from lorasrv.model.loader import load_model
-from lorasrv.train.config import JobConfig, RunConfig
+from lorasrv.train.app import estimate
+from lorasrv.train.config import JobConfig, RunConfig, TrainConfig
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.memory import MemoryPart, estimate_memory
 from lorasrv_kernels.nf4 import NF4Weight
@@ -30,7 +31,7 @@ def parts(
     model: ModelConfig, *, tokens: int = 512, optimizer: str = "paged_adamw", **options: Any
 ) -> dict[str, MemoryPart]:
     job = JobConfig(out=Path("/x"), data=(Path("/x"),), **options)
-    run = RunConfig(micro_batch_tokens=tokens)
+    run = RunConfig(micro_batch_tokens=tokens, checkpoint_layers=True)
     found = estimate_memory(model, run, {"one": job}, dtype_bytes=2, optimizer=optimizer, max_tokens=tokens)
     return {part.name: part for part in found}
 
@@ -95,3 +96,24 @@ def test_checkpointed_layers_and_8_bit_states_take_less() -> None:
     whole, checkpointed = sum(part.num_bytes for part in kept if "activations" in part.name), parts(model)
     assert sum(part.num_bytes for name, part in checkpointed.items() if "activations" in name) < 0.12 * whole
     assert parts(model, optimizer="adamw_8bit")["optimizer states"].num_bytes < 0.26 * kept[4].num_bytes
+
+
+def test_layers_keep_everything_where_that_fits_in_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JobConfig(out=tmp_path / "adapter", data=(tmp_path / "data",))
+
+    def names(memory: int, **options: Any) -> set[str]:
+        monkeypatch.setattr("lorasrv.train.app.total_memory", lambda _: memory)
+        parts = estimate(TrainConfig(run=RunConfig(device="cpu", **options), jobs={"one": job}))
+        return {part.name for part in parts if part.num_bytes}
+
+    again = "activations, of the layer at hand"
+    needed = sum(
+        part.num_bytes
+        for part in estimate(TrainConfig(run=RunConfig(device="cpu", checkpoint_layers=False), jobs={"one": job}))
+    )
+    assert again not in names(2 * needed)
+    assert again in names(2 * needed - 1)
+    assert again not in names(1, checkpoint_layers=False)
+    assert again in names(1 << 60, checkpoint_layers=True)
