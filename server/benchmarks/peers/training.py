@@ -6,7 +6,7 @@ Llama shapes of random weights in NF4 with double quantization, bfloat16 activat
 sequences of 256 tokens a step. Timed only if losses and gradients are PEFT's. Lanes take steps in turns, so that other
 load on the machine hits all of them; times are processor time of one thread, wall time of several. Ratios are medians
 over pairs of adjacent turns with the quartiles, beside them lorasrv against itself, the noise. "kept" keeps what layers
-compute, as the plain loop does and as runs do where the memory is there; else a layer is computed again on the way back.
+compute, as the plain loop does, and runs where the memory is there; else a layer is computed again on the way back.
 
 Four adapters together learn what four runs of one adapter learn, each adapter the same sequences in both.
 
