@@ -1,6 +1,6 @@
 """Where an adapter came from, as far as its folder records it: `provenance.json`, which need not be there.
 
-Only the digest of the base it was trained on is read; the rest is for people.
+Of it, only the digest of the base and how that was quantized are read; the rest is for people.
 """
 
 import re
@@ -14,6 +14,8 @@ from lorasrv_adapters.weights import open_regular
 
 PROVENANCE_NAME = "provenance.json"
 BASE_DIGEST_KEY = "base_digest"
+BASE_QUANTIZATION_KEY = "base_quantization"
+"""nf4, or none where the adapter was trained on the original weights."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 from lorasrv_adapters.checkpoint import read_checkpoint
 from lorasrv_adapters.hub import HubSource
-from lorasrv_adapters.provenance import read_provenance
+from lorasrv_adapters.provenance import BASE_QUANTIZATION_KEY, read_provenance
 from lorasrv_adapters.source import HUB_PREFIX, resolve
 
 from lorasrv.embedded import embedded_base
@@ -25,9 +25,6 @@ from lorasrv.model.checkpoint import Checkpoint
 from lorasrv.model.config import read_json
 from lorasrv.model.folder import open_model_folder
 from lorasrv.model.hub import model_folder
-
-QUANTIZATION_KEY = "base_quantization"
-"""Of `provenance.json`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +82,7 @@ def open_inputs(config: MergeConfig) -> Iterator[Inputs]:
 
 def _trained_on(folders: Sequence[Path]) -> Weights:
     """Which weights adapters record that they were trained on; dequantized ones where they record nothing."""
-    original = [read_provenance(folder).get(QUANTIZATION_KEY) == "none" for folder in folders]
+    original = [read_provenance(folder).get(BASE_QUANTIZATION_KEY) == "none" for folder in folders]
     if any(original) and not all(original):
         names = [folder.name for folder, is_original in zip(folders, original, strict=True) if is_original]
         raise MergeError(

@@ -10,13 +10,13 @@ import torch
 from lorasrv_adapters.checkpoint import write_checkpoint
 from lorasrv_adapters.config import parse_adapter_config
 from lorasrv_adapters.normalize import NormalizedAdapter, normalize
-from lorasrv_adapters.provenance import BASE_DIGEST_KEY
+from lorasrv_adapters.provenance import BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY
 
 from lorasrv.merge.adapter_folder import as_peft
 from lorasrv.merge.base import StreamedBase
 from lorasrv.merge.combine import factored
 from lorasrv.merge.config import MergeConfig
-from lorasrv.merge.inputs import QUANTIZATION_KEY, Inputs
+from lorasrv.merge.inputs import Inputs
 from lorasrv.merge.update import AdapterUpdates
 
 
@@ -47,7 +47,7 @@ def write_adapter(inputs: Inputs, config: MergeConfig, *, provenance: Mapping[st
         tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     recorded = {
         BASE_DIGEST_KEY: base.digest,
-        QUANTIZATION_KEY: "none" if inputs.weights == "original" else "nf4",
+        BASE_QUANTIZATION_KEY: "none" if inputs.weights == "original" else "nf4",
         "merge": {key: value for key, value in provenance.items() if key != BASE_DIGEST_KEY},
     }
     errors = _errors(combined.adapter, normalize(parse_adapter_config(content), tensors, base), base)

@@ -3,20 +3,19 @@
 Everything that can be wrong with base, data and targets is found before the first step. Knows no terminal.
 """
 
-import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from lorasrv_adapters.provenance import BASE_DIGEST_KEY
+from lorasrv_adapters.provenance import BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY
 
 from lorasrv import __version__
 from lorasrv.embedded import embedded_base, embedded_base_name
-from lorasrv.errors import ConfigError, TrainingDataError
+from lorasrv.errors import ConfigError
 from lorasrv.model.config import ModelConfig, read_model_config
 from lorasrv.model.decoder import DecoderModel
 from lorasrv.model.device import resolve_device, resolve_dtype, total_memory
@@ -25,18 +24,15 @@ from lorasrv.model.loader import load_model
 from lorasrv.model.tokenizer import Tokenizer
 from lorasrv.train.audit import Audit, audit
 from lorasrv.train.checkpoint import RunCheckpoints, checkpoint_folder
-from lorasrv.train.config import JobConfig, TrainConfig
-from lorasrv.train.data.conversation import ChatTemplate
-from lorasrv.train.data.examples import Example, Tally, encode_samples
-from lorasrv.train.data.records import read_records
-from lorasrv.train.data.samples import to_sample
-from lorasrv.train.history import HISTORY_NAME, History, Row
+from lorasrv.train.config import TrainConfig
+from lorasrv.train.data.examples import Tally
+from lorasrv.train.data.files import JobData, read_jobs
 from lorasrv.train.job import TrainingJob
 from lorasrv.train.memory import MemoryPart, estimate_memory
 from lorasrv.train.network import TrainableModel
-from lorasrv.train.observer import Observers, RunObserver, RunStart, StepReport
-from lorasrv.train.report import render_report
+from lorasrv.train.observer import Observers, RunObserver, RunStart
 from lorasrv.train.run import TrainingRun
+from lorasrv.train.run_histories import RunHistories, run_facts
 
 _LONGEST_BY_DEFAULT = 2048
 _OF_NO_CONSEQUENCE = (
@@ -102,7 +98,7 @@ def train(config: TrainConfig, *, observers: Sequence[RunObserver] = ()) -> dict
     run = config.run
     checkpoint_layers = _checkpoints_layers(config, read_model_config(folder), device)
     model = load_model(folder, dtype=resolve_dtype(run.dtype, device), device=device, quantize=run.quantize)
-    data = _read_all(config, folder, max_tokens=_max_tokens(config, model.max_positions))
+    data = read_jobs(config.jobs, folder, max_tokens=_max_tokens(config, model.max_positions))
     base_name = embedded_base_name() if run.base is None else run.base
     jobs = [_new_job(name, config, data[name], model=model, base_name=base_name) for name in config.jobs]
     training = TrainingRun(
@@ -134,7 +130,7 @@ def train(config: TrainConfig, *, observers: Sequence[RunObserver] = ()) -> dict
         job.take_best()
         after = training.evaluate(job) if job.held_out else None
         provenance = _provenance(config, job.name, model)
-        facts = _facts(job, data[job.name], base_name, before.get(job.name), after)
+        facts = run_facts(job, data[job.name], base_name, before.get(job.name), after)
         outcomes[job.name] = Outcome(
             folder=job.write(provenance, beside=histories.files(job.name, facts, held_out_before=before.get(job.name))),
             tally=data[job.name].tally,
@@ -154,7 +150,7 @@ def audit_data(config: TrainConfig, *, num_samples: int) -> dict[str, Audit]:
     """
     folder = _base_folder(config)
     tokenizer, model = Tokenizer(folder), read_model_config(folder)
-    data = _read_all(config, folder, max_tokens=_max_tokens(config, model.max_position_embeddings))
+    data = read_jobs(config.jobs, folder, max_tokens=_max_tokens(config, model.max_position_embeddings))
     return {
         name: audit(
             found.examples,
@@ -215,75 +211,6 @@ def _max_tokens(config: TrainConfig, max_positions: int) -> int:
     return min(config.run.max_tokens or _LONGEST_BY_DEFAULT, max_positions, config.run.micro_batch_tokens)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Data:
-    examples: Sequence[Example]
-    held_out: Sequence[Example]
-    tally: Tally
-
-
-class RunHistories(RunObserver):
-    """The histories of all jobs of a run, each beside its checkpoints until the run ends."""
-
-    def __init__(self, jobs: Sequence[TrainingJob]) -> None:
-        self._jobs = {job.name: job for job in jobs}
-        self._histories = {job.name: History(checkpoint_folder(job.out) / HISTORY_NAME) for job in jobs}
-        self._ranks: dict[str, dict[str, int]] = {}
-
-    def run_started(self, start: RunStart) -> None:
-        """Keeps what earlier histories say of the steps that are not done again."""
-        for name, history in self._histories.items():
-            history.start(start.first_step)
-            for row in history.rows():
-                self._ranks[name] = row.get("ranks", self._ranks.get(name, {}))
-
-    def step_finished(self, report: StepReport) -> None:
-        """Adds a step to the history of every job that took part."""
-        for name in report.jobs:
-            ranks = dict(report.jobs[name].ranks)
-            changed = self._ranks.get(name) != ranks
-            self._ranks[name] = ranks
-            self._histories[name].append(report, name, ranks=ranks if changed else None)
-
-    def files(self, name: str, facts: Mapping[str, str], *, held_out_before: float | None) -> dict[str, bytes]:
-        """What is put beside a finished adapter: the history, and the page about it."""
-        job, rows = self._jobs[name], self._histories[name].rows()
-        page = render_report(
-            f"Training of {job.out.name}",
-            rows,
-            facts={**facts, "run": _length(rows)},
-            modules=list(job.ranks()),
-            held_out_before=held_out_before,
-        )
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        return {HISTORY_NAME: content.encode(), "report.html": page.encode()}
-
-
-def _facts(
-    job: TrainingJob, data: "_Data", base_name: str, before: float | None, after: float | None
-) -> dict[str, str]:
-    config, ranks, tally = job.config, list(job.ranks().values()), data.tally
-    lowest, highest = min(ranks), max(ranks)
-    spread = f"{lowest}" if lowest == highest else f"{lowest} to {highest}, {sum(ranks) / len(ranks):.3g} on average,"
-    facts = {
-        "base": base_name,
-        "method": f"{config.method}, rank {spread} in {len(ranks)} modules",
-        "data": f"{len(data.examples)} examples, and {len(data.held_out)} held out; "
-        f"{tally.supervised_tokens / tally.tokens:.1%} of {tally.tokens} tokens are learned",
-        "batch": f"{config.batch_size} examples a step",
-    }
-    if after is not None and before is not None:
-        best = "" if job.best is None else f"; the best, after step {job.best.step}, was taken"
-        facts["held-out loss"] = f"{before:.4f} before, {after:.4f} after, in nats a token{best}"
-    return facts
-
-
-def _length(rows: Sequence[Row]) -> str:
-    """How long a run was; its tokens are those of all jobs."""
-    minutes, seconds = divmod(round(sum(row["seconds"] for row in rows)), 60)
-    return f"{len(rows)} steps over {sum(row['tokens'] for row in rows)} tokens in {minutes} min {seconds} s"
-
-
 def _check_folders(config: TrainConfig) -> None:
     outs = [job.out for job in config.jobs.values()]
     reasons = [f"{out} exists; choose another folder or remove it" for out in outs if out.exists()]
@@ -296,7 +223,7 @@ def _check_folders(config: TrainConfig) -> None:
         raise ConfigError(reasons)
 
 
-def _new_job(name: str, config: TrainConfig, data: "_Data", *, model: DecoderModel, base_name: str) -> TrainingJob:
+def _new_job(name: str, config: TrainConfig, data: JobData, *, model: DecoderModel, base_name: str) -> TrainingJob:
     return TrainingJob(
         name,
         config.jobs[name],
@@ -310,7 +237,7 @@ def _new_job(name: str, config: TrainConfig, data: "_Data", *, model: DecoderMod
     )
 
 
-def _identity(config: TrainConfig, name: str, data: "_Data", model: DecoderModel) -> dict[str, object]:
+def _identity(config: TrainConfig, name: str, data: JobData, model: DecoderModel) -> dict[str, object]:
     """What must be the same in a run that goes on: everything that changes a bit of the result."""
     run = {key: value for key, value in asdict(config.run).items() if key not in _OF_NO_CONSEQUENCE}
     job = {key: value for key, value in asdict(config.jobs[name]).items() if key not in _OF_NO_CONSEQUENCE}
@@ -320,44 +247,12 @@ def _identity(config: TrainConfig, name: str, data: "_Data", model: DecoderModel
     return {**run, **job, "jobs": sorted(config.jobs), "base": model.base.digest, "data": tokens.hexdigest()}
 
 
-def _read_all(config: TrainConfig, base: Path, *, max_tokens: int) -> dict[str, _Data]:
-    tokenizer = Tokenizer(base)
-    reasons: list[str] = []
-    found = {}
-    for name, job in config.jobs.items():
-        try:
-            found[name] = _read(job, tokenizer, base, max_tokens=max_tokens)
-        except TrainingDataError as error:
-            place = f"job {name}: " if len(config.jobs) > 1 else ""
-            reasons += [place + reason for reason in error.reasons]
-    if reasons:
-        raise TrainingDataError(reasons)
-    return found
-
-
-def _read(job: JobConfig, tokenizer: Tokenizer, base: Path, *, max_tokens: int) -> _Data:
-    own = None if job.chat_template is None else ChatTemplate(job.chat_template.read_text(encoding="utf-8"))
-    template = own or ChatTemplate.from_folder(base)
-
-    def encode(files: Sequence[Path]) -> tuple[list[Example], Tally]:
-        samples = (to_sample(record, template) for file in files for record in read_records(file))
-        return encode_samples(samples, tokenizer, max_tokens=max_tokens, over_long=job.over_long)
-
-    examples, tally = encode(job.data)
-    if job.eval_data:
-        return _Data(examples=examples, held_out=encode(job.eval_data)[0], tally=tally)
-    # the last ones: of running text, what comes after everything learned
-    kept = min(round(len(examples) * job.eval_fraction), len(examples) - 1)
-    cut = len(examples) - kept
-    return _Data(examples=examples[:cut], held_out=examples[cut:], tally=tally)
-
-
 def _provenance(config: TrainConfig, name: str, model: DecoderModel) -> dict[str, object]:
     """Where an adapter comes from, without a path of the machine it was trained on."""
     job = config.jobs[name]
     return {
         BASE_DIGEST_KEY: model.base.digest,
-        "base_quantization": "nf4" if config.run.quantize else "none",
+        BASE_QUANTIZATION_KEY: "nf4" if config.run.quantize else "none",
         "data": {file.name: sha256(file.read_bytes()).hexdigest() for file in (*job.data, *job.eval_data)},
         "method": job.method,
         "max_steps": config.run.max_steps,
