@@ -127,12 +127,13 @@ def _refusal(weights: MergedWeights) -> MergeRefusedError:
         del weight
     changed = [one for one in weights.figures if one.size] or weights.figures
     worst = min(changed, key=lambda one: one.kept)
-    mean = sum(one.kept for one in changed) / len(changed)
+    mean, error = (sum(getattr(one, name) for one in changed) / len(changed) for name in ("kept", "error"))
     return MergeRefusedError(
         "NF4 of dequantized weights rounds small updates back to where they began: of this one "
-        f"{100 * mean:.1f} % would be kept, {100 * worst.kept:.1f} % in {worst.module}, where it is "
-        f"{100 * worst.size:.2g} % of the weight. Give --weights original, or serve the NF4 base with the adapter "
-        "unmerged, which loses nothing; --force writes it all the same",
+        f"{100 * mean:.1f} % would be kept, at an error of {100 * error:.0f} % of its size; {100 * worst.kept:.1f} % "
+        f"at {100 * worst.error:.0f} % in {worst.module}, where it is {100 * worst.size:.2g} % of the weight. Give "
+        "--weights original, or serve the NF4 base with the adapter unmerged, which loses nothing; --force writes it "
+        "all the same",
         [(one.module, one.size, one.kept, one.error) for one in weights.figures],
     )
 
