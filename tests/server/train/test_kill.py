@@ -1,6 +1,7 @@
 """SIGKILL at any point of a run: what is on the disk is whole, and going on from it ends in the same adapter."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -22,7 +23,9 @@ def test_a_run_killed_at_any_change_of_a_file_ends_as_another(tmp_path: Path) ->
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": "arms and men " * count}) + "\n" for count in range(1, 7)))
     command = [sys.executable, killed_training.__file__, base, data, tmp_path / "runs", "adalora", *KILLS]
-    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    # OpenMP's other threads would not be in a forked child, which would wait for them
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=alone)
     assert ended.returncode == 0, ended.stderr
     states = [json.loads(line) for line in ended.stdout.splitlines()]
     whole, *changes, last = [state["left"] for state in states[: -len(KILLS)]]
