@@ -97,8 +97,10 @@ class _Heads:
     """Rotated heads of a batch, keys and values head by head: [K, T, D]."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, angles: Tensor, *, window: int) -> None:
+        # copies, for what is rotated in place must not be the caller's
         self.query = query.clone(memory_format=torch.contiguous_format)
-        self.key, self.value = (part.transpose(0, 1).contiguous() for part in (key, value))
+        self.key = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.value = value.transpose(0, 1).contiguous()
         rotate_(self.query, angles)
         rotate_(self.key.transpose(0, 1), angles)
         self.scale = query.shape[2] ** -0.5

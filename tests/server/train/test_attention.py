@@ -40,6 +40,14 @@ def test_as_by_the_library(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_one_head_of_keys_that_lie_together_stays_as_it_is() -> None:
+    heads = [torch.randn(9, count, SIZE) for count in (HEADS, 1, 1)]
+    before = [part.clone() for part in heads]
+    turns = torch.rand(9, 1, SIZE // 2)
+    attend_blockwise(*heads, torch.cat([turns.cos(), turns.sin()], dim=-1), (9,), window=0)
+    assert all(map(torch.equal, heads, before))
+
+
 def test_rounds_little_more_than_the_library_in_bfloat16() -> None:
     exact = run((40, 90), 0, torch.float32, by_blocks=False)
     errors = [
