@@ -140,7 +140,8 @@ class Publisher(RunObserver):
 
 
 def _reasons(client: Client, info: ServerInfo, adapter_id: str, job: JobConfig) -> Iterator[str]:
-    written = 2 * job.rank if job.initialization == "pissa" else job.rank
+    highest = max([job.rank, *dict(job.rank_pattern).values()])
+    written = 2 * highest if job.initialization == "pissa" else highest
     if written > info.limits.max_rank:
         yield f"its rank is {written}, and the server's max_rank {info.limits.max_rank}"
     try:

@@ -51,7 +51,7 @@ class StepReport:
         seconds: it took.
         seconds_left: until the last step, if the others take as long as those of this run did on average.
         memory_bytes: the most that was ever in use: of the device, on a CPU of the process.
-        num_shrinks: how often it ran out of memory and was begun again in smaller pieces.
+        num_shrinks: how often it ran out of memory and was begun again, to keep less or in smaller pieces.
         jobs: by name, what each job did.
         evaluations: by name, the held-out loss in nats a token, where there was an evaluation.
     """

@@ -98,7 +98,16 @@ def test_several_jobs_answer_to_their_names(lorasrv, flags, target, root, tmp_pa
 
 def test_what_the_server_would_refuse_is_said_before_the_first_step(lorasrv, flags, target, tmp_path):
     end = lorasrv(
-        "train", *flags, "--rank", 5, "--initialization", "pissa", "--publish", target, "--out", tmp_path / "a b"
+        "train",
+        *flags,
+        "--rank-pattern",
+        "q_proj=5",
+        "--initialization",
+        "pissa",
+        "--publish",
+        target,
+        "--out",
+        tmp_path / "a b",
     )
     assert (end.code, end.out) == (3, "")
     assert f"{target} would not take a b: its rank is 10, and the server's max_rank 8" in end.err
